@@ -1,0 +1,48 @@
+"""The describers that need no model: the length of a recording, and what its manifest line already says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from describers.records import Attribute, Clip
+from describers.vocabulary import SYNONYMS, canonical
+
+
+class DurationDescriber:
+    """`duration`: length in seconds."""
+
+    name = "duration"
+    attributes: tuple[str, ...] = ("duration",)
+
+    def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
+        return [
+            {"duration": Attribute(round(clip.duration_s, 3), "s", how="number of samples")} for clip in clips
+        ]
+
+
+class LabelsDescriber:
+    """Columns of the manifest as attributes: someone already listened.
+
+    `columns`: column -> attribute; by default every column that is named like a known attribute. Values are brought to
+    the vocabulary's spelling ("F" -> "female"); an absent or empty column gives no attribute.
+    """
+
+    name = "labels"
+
+    def __init__(self, columns: dict[str, str] | None = None) -> None:
+        self.columns = dict(columns) if columns else {name: name for name in SYNONYMS}
+        self.attributes: tuple[str, ...] = tuple(self.columns.values())
+
+    def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
+        found = []
+        for clip in clips:
+            given = {}
+            for column, attribute in self.columns.items():
+                value = clip.row.get(column)
+                if value is None or value == "":
+                    continue
+                if isinstance(value, str):
+                    value = canonical(attribute, value)
+                given[attribute] = Attribute(value, how=f"given in column {column!r}")
+            found.append(given)
+        return found
