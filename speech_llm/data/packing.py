@@ -1,0 +1,177 @@
+"""Packing: many questions about one clip behind one shared prefix, and batches of such packs.
+
+In: rendered rows (token ids, answer spans, the clip). Out: `Pack`s and padded batches with exact masks.
+
+A row is [constant prefix][audio, transcript][question][answer]. The rows of one clip differ only after the audio,
+so a pack holds that part once and every question/answer after it; each branch sees the shared part and itself,
+never its neighbours, at the positions it would have alone. Logits equal the unpacked ones.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Row:
+    """One rendered conversation: ids, answer spans [start, end) and the paths of its clips, in order."""
+
+    id: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    clips: list[str]
+    weight: float = 1.0
+
+
+@dataclass
+class Pack:
+    """Rows of one clip behind their shared prefix (`shared` tokens, after the constant prefix is taken off)."""
+
+    rows: list[str]
+    clips: list[str]
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    branch: list[int] = field(default_factory=list)  # 0 = shared, 1.. = the row's own part
+    targets: list[int] = field(default_factory=list)  # the token that the position must predict, or IGNORE
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(target != IGNORE for target in self.targets)
+
+
+def constant_prefix(rows: list[Row], audio_token_id: int) -> list[int]:
+    """The longest run of leading ids that every row shares and that holds no audio and no answer."""
+    if not rows:
+        return []
+    length = min(min((span[0] for span in row.spans), default=len(row.ids)) for row in rows)
+    first = rows[0].ids
+    for row in rows:
+        length = next((i for i in range(length) if row.ids[i] != first[i] or row.ids[i] == audio_token_id), length)
+    # The prefix's last token must not be the one that predicts the first answer token.
+    return first[: max(0, min(length, min(span[0] for row in rows for span in row.spans) - 1))]
+
+
+def pack_rows(rows: list[Row], prefix_length: int, max_tokens: int) -> list[Pack]:
+    """Pack rows that name the same clips; a row whose own part would exceed `max_tokens` opens a new pack."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row.clips) if row.clips else (f"text:{row.id}",)
+        groups.setdefault(key, []).append(row)
+    packs = []
+    for group in groups.values():
+        pack: list[Row] = []
+        length = 0
+        for row in group:
+            own = len(row.ids) - prefix_length
+            if pack and length + own > max_tokens:
+                packs.append(_pack(pack, prefix_length))
+                pack, length = [], 0
+            pack.append(row)
+            length += own
+        packs.append(_pack(pack, prefix_length))
+    return packs
+
+
+def _pack(rows: list[Row], prefix_length: int) -> Pack:
+    shared = min(min((span[0] for span in row.spans), default=len(row.ids)) - 1 for row in rows)
+    first = rows[0].ids
+    for row in rows:
+        shared = next((i for i in range(shared) if row.ids[i] != first[i]), shared)
+    if len(rows) == 1:
+        shared = min(shared, len(first))
+    pack = Pack(rows=[row.id for row in rows], clips=list(rows[0].clips))
+    pack.ids = list(first[prefix_length:shared])
+    pack.positions = list(range(prefix_length, shared))
+    pack.branch = [0] * len(pack.ids)
+    pack.targets = [IGNORE] * len(pack.ids)
+    for number, row in enumerate(rows, start=1):
+        targets = [IGNORE] * len(row.ids)
+        for start, end in row.spans:
+            for place in range(start, end):
+                targets[place - 1] = row.ids[place]
+        # The last token predicts nothing, so it need not be run at all.
+        stop = max(end for _, end in row.spans) - 1
+        pack.ids += row.ids[shared:stop]
+        pack.positions += range(shared, stop)
+        pack.branch += [number] * (stop - shared)
+        pack.targets += targets[shared:stop]
+    return pack
+
+
+@dataclass
+class PackBatch:
+    """Right-padded packs: ids, positions, targets (b, l); mask (b, 1, l, prefix + l) bool, True = may see."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    mask: Tensor
+    clips: list[str]
+    rows: list[str]
+    padding_share: float
+
+    @property
+    def answer_tokens(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+
+def collate(packs: list[Pack], prefix_length: int, pad_id: int) -> PackBatch:
+    """Pad packs to the longest and build their attention masks."""
+    longest = max(len(pack.ids) for pack in packs)
+    size = (len(packs), longest)
+    ids = torch.full(size, pad_id)
+    positions = torch.zeros(size, dtype=torch.long)
+    targets = torch.full(size, IGNORE)
+    branch = torch.full(size, -1)
+    for i, pack in enumerate(packs):
+        n = len(pack.ids)
+        ids[i, :n] = torch.tensor(pack.ids)
+        positions[i, :n] = torch.tensor(pack.positions)
+        targets[i, :n] = torch.tensor(pack.targets)
+        branch[i, :n] = torch.tensor(pack.branch)
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    own = branch[:, :, None] == branch[:, None, :]
+    shared = (branch == 0)[:, None, :]
+    mask = causal & (own | shared)
+    # A padding position sees itself, so that its softmax is defined; nobody sees it.
+    mask = mask | torch.eye(longest, dtype=torch.bool)
+    prefix = torch.ones(len(packs), longest, prefix_length, dtype=torch.bool)
+    used = sum(len(pack.ids) for pack in packs)
+    return PackBatch(
+        ids=ids,
+        positions=positions,
+        targets=targets,
+        mask=torch.cat([prefix, mask], dim=2)[:, None],
+        clips=[clip for pack in packs for clip in pack.clips],
+        rows=[row for pack in packs for row in pack.rows],
+        padding_share=1 - used / ids.numel(),
+    )
+
+
+def plan_epoch(packs: list[Pack], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of pack numbers for one epoch: shuffled, then bucketed by length, under a token budget.
+
+    A pure function of its arguments, so a resumed run knows its place without having to store the order.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(packs)))
+    rng.shuffle(order)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), 256):
+        window = sorted(order[start : start + 256], key=lambda i: len(packs[i].ids))
+        batch: list[int] = []
+        for index in window:
+            if batch and (len(batch) + 1) * len(packs[index].ids) > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(index)
+        if batch:
+            batches.append(batch)
+    rng.shuffle(batches)
+    return batches

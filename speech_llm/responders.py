@@ -1,0 +1,236 @@
+"""Anything that answers a conversation with audio, behind one method: `respond(conversations) -> texts`.
+
+    checkpoint folder or hub id   the speech model
+    text:LLM                      the text LLM, given each audio part's `description` in place of the sound (the ceiling)
+    teacher:LLM                   the same, with the worked example of the audio part before it (what wrote the targets)
+    cascade:LLM                   the text LLM, given the transcript only
+
+In: conversations whose audio parts are `{"type": "audio", "path", "transcript"?, "description"?, "example"?}`.
+Out: one answer each, greedy, in order. `eval` is handed such an object and knows nothing else of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from speech_llm.audio import SAMPLE_RATE_HZ, load_audio
+from speech_llm.data.features import FeatureStore, stack_features
+from speech_llm.errors import UserError
+from speech_llm.examples import Message, audio_parts
+from speech_llm.generation import Prompt, answer_chats, end_of_turn_ids, generate
+
+OnAnswer = Callable[[int, str], None]
+
+
+class Responder(Protocol):
+    """What `eval` needs of a model."""
+
+    def respond(self, conversations: Sequence[list[Message]], on_answer: OnAnswer | None = None) -> list[str]: ...
+
+
+class TextResponder:
+    """A text LLM that reads a text in place of each sound: its description, or (cascade) its transcript."""
+
+    def __init__(
+        self,
+        llm: Any,
+        tokenizer: Any,
+        reads: str = "description",
+        worked_example: bool = False,
+        max_new_tokens: int = 64,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.llm, self.tokenizer, self.reads, self.worked_example = llm, tokenizer, reads, worked_example
+        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+        self._answered: dict[str, str] = {}
+
+    def chat(self, conversation: list[Message]) -> list[Message]:
+        """The conversation as plain text, each audio part replaced by what is read of it."""
+        turns: list[Message] = []
+        for message in conversation:
+            content = message["content"]
+            if not isinstance(content, str):
+                pieces = []
+                for part in content:
+                    if part["type"] == "text":
+                        pieces.append(part["text"])
+                        continue
+                    pieces.append(self._stand_in(part))
+                    example = part.get("example")
+                    if self.worked_example and example:
+                        question = "\n".join(p["text"] for p in content if p["type"] == "text")
+                        turns.append({"role": "user", "content": f"{example['context']}\n{question}"})
+                        turns.append({"role": "assistant", "content": example["answer"]})
+                content = "\n".join(pieces)
+            turns.append({"role": message["role"], "content": content})
+        return turns
+
+    def _stand_in(self, part: dict[str, Any]) -> str:
+        if self.reads == "transcript":
+            words = part.get("transcript") or transcribe([part["path"]])[0]
+            return f'Someone says: "{words}"' if words else "Nothing is said."
+        if not part.get("description"):
+            raise UserError(
+                f"{part.get('path')}: there is no description to read in place of the sound; "
+                "make one with `speech-llm describe` and put it into the audio part as 'description'"
+            )
+        return str(part["description"])
+
+    def respond(self, conversations: Sequence[list[Message]], on_answer: OnAnswer | None = None) -> list[str]:
+        chats = [self.chat(conversation) for conversation in conversations]
+        keys = [json.dumps(chat, ensure_ascii=False) for chat in chats]
+        new = [i for i, key in enumerate(keys) if key not in self._answered]
+        answers = answer_chats(
+            self.llm,
+            self.tokenizer,
+            [chats[i] for i in new],
+            max_new_tokens=self.max_new_tokens,
+            batch_tokens=self.batch_tokens,
+            on_answer=None if on_answer is None else lambda place, text, _tokens: on_answer(new[place], text),
+        )
+        self._answered.update(zip((keys[i] for i in new), answers, strict=True))
+        return [self._answered[key] for key in keys]
+
+
+class SpeechResponder:
+    """The speech model: hears each audio part, with its transcript behind it where the model was trained so."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        features: FeatureStore,
+        max_new_tokens: int = 64,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.model, self.processor, self.features = model, processor, features
+        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+        self.stop_ids = end_of_turn_ids(processor.tokenizer, model.llm)
+
+    @torch.inference_mode()
+    def respond(self, conversations: Sequence[list[Message]], on_answer: OnAnswer | None = None) -> list[str]:
+        self.model.eval()
+        conversations = [self._with_transcripts(conversation) for conversation in conversations]
+        keys = [json.dumps(conversation, ensure_ascii=False) for conversation in conversations]
+        first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
+        answered: dict[int, str] = {}
+        for has_audio in (True, False):
+            chosen = [i for i in sorted(first_of.values()) if bool(audio_parts(conversations[i])) == has_audio]
+            # Embedding the sounds of a few hundred conversations at a time bounds the memory they take.
+            for start in range(0, len(chosen), 256):
+                window = chosen[start : start + 256]
+                prompts = [self._prompt(conversations[i]) for i in window]
+
+                def done(place: int, ids: list[int], window: list[int] = window) -> None:
+                    text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                    answered[window[place]] = text
+                    if on_answer is not None:
+                        on_answer(window[place], text)
+
+                with self._adapters(has_audio):
+                    generate(
+                        self.model.llm,
+                        prompts,
+                        stop_ids=self.stop_ids,
+                        max_new_tokens=self.max_new_tokens,
+                        batch_tokens=self.batch_tokens,
+                        audio_token_id=self.model.config.audio_token_id,
+                        on_done=done,
+                    )
+        return [answered[first_of[key]] for key in keys]
+
+    def _prompt(self, conversation: list[Message]) -> Prompt:
+        device = self.model.llm.get_input_embeddings().weight.device
+        clips = [self.features.load(part["path"]) for part in audio_parts(conversation)]
+        rendered = self.processor.render(
+            conversation, add_generation_prompt=True, frame_counts=[len(clip) for clip in clips]
+        )
+        ids = list(rendered.input_ids)
+        if not clips:
+            return Prompt(ids)
+        stacked, counts = stack_features(clips, device)
+        vectors, _ = self.model.audio_vectors(stacked, counts)
+        return Prompt(ids, self.model.embed(torch.tensor([ids], device=device), vectors)[0])
+
+    def _with_transcripts(self, conversation: list[Message]) -> list[Message]:
+        if not self.model.config.use_transcript:
+            return conversation
+        out = []
+        for message in conversation:
+            content = message["content"]
+            if isinstance(content, list):
+                content = [
+                    {**part, "transcript": transcribe([part["path"]])[0]}
+                    if part["type"] == "audio" and "transcript" not in part
+                    else part
+                    for part in content
+                ]
+            out.append({**message, "content": content})
+        return out
+
+    @contextlib.contextmanager
+    def _adapters(self, has_audio: bool) -> Iterator[None]:
+        with self.model.adapters_for(has_audio):
+            yield
+
+
+_transcribers: dict[str, Any] = {}
+_transcripts: dict[tuple[str, str], str] = {}
+
+
+def transcribe(paths: Sequence[str], asr: str | None = None) -> list[str]:
+    """Transcripts of clips (empty where nothing is said), remembered within the process."""
+    from describers.records import Clip
+    from describers.run import DEFAULT_ASR
+    from describers.transcript import TranscriptDescriber
+
+    asr = asr or DEFAULT_ASR
+    new = [path for path in dict.fromkeys(paths) if (asr, path) not in _transcripts]
+    if new:
+        describer = _transcribers.setdefault(asr, TranscriptDescriber(asr))
+        sounds = [load_audio(path) for path in new]
+        clips = [Clip(path, Path(path), len(x) / SAMPLE_RATE_HZ, x) for path, x in zip(new, sounds, strict=True)]
+        for path, heard in zip(new, describer.describe(clips), strict=True):
+            _transcripts[asr, path] = heard["transcript"].value if "transcript" in heard else ""
+    return [_transcripts[asr, path] for path in paths]
+
+
+def load_responder(model: str, max_new_tokens: int = 128, batch_tokens: int = 4096, lora_scale: float | None = None) -> Responder:
+    """The responder for a model's name as the command line takes it; see the head of this file."""
+    from speech_llm.assets import load_llm
+
+    kind, _, reference = model.partition(":")
+    if kind in ("text", "teacher", "cascade") and reference:
+        llm, tokenizer = load_llm(reference)
+        return TextResponder(
+            llm,
+            tokenizer,
+            reads="transcript" if kind == "cascade" else "description",
+            worked_example=kind == "teacher",
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+        )
+    return load_speech_model(model, max_new_tokens, batch_tokens)
+
+
+def load_speech_model(
+    reference: str | Path, max_new_tokens: int = 128, batch_tokens: int = 4096, dtype: torch.dtype | None = None
+) -> SpeechResponder:
+    """A trained checkpoint as a responder."""
+    from speech_llm.assets import cache_dir, resolve
+    from speech_llm.model import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from speech_llm.training.precision import choose_dtype
+
+    folder = resolve(str(reference))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = SpeechLLMForConditionalGeneration.from_pretrained(folder, dtype=dtype or choose_dtype("auto", device))
+    processor = SpeechLLMProcessor.from_pretrained(folder)
+    model.to(device).eval()
+    features = FeatureStore(cache_dir() / "features", model, processor, model.config.encoding)
+    return SpeechResponder(model, processor, features, max_new_tokens, batch_tokens)
