@@ -71,9 +71,10 @@ class QFormer(Section):
     queries: Positive = Field(default=8, description="vectors that one clip becomes")
     layers: Positive = Field(default=2, description="cross-attention blocks")
     heads: Positive = Field(default=4, description="attention heads of a block")
-    width: Positive | None = Field(
-        default=None, description="width inside the connector; null = the encoder's"
-    )
+    width: Positive | None = Field(default=None, description="width of a block; null = the encoder's")
+    ffn: Positive | None = Field(default=None, description="feed-forward width; null = twice the block's")
+    dropout: Share = Field(default=0.0, description="dropout inside the connector")
+    normalize: bool = Field(default=True, description="bring each encoder layer to one scale first")
 
 
 class Stack(Section):
@@ -82,6 +83,8 @@ class Stack(Section):
     type: Literal["stack"] = Field(description="neighbouring frames side by side")
     stack: Positive = Field(default=8, description="frames that become one vector")
     width: Positive | None = Field(default=None, description="hidden width of the MLP; null = the LLM's")
+    dropout: Share = Field(default=0.0, description="dropout inside the connector")
+    normalize: bool = Field(default=True, description="bring each encoder layer to one scale first")
 
 
 class ModelSection(Section):
@@ -210,11 +213,11 @@ class LossSection(Section):
 
 
 class Lora(Section):
-    rank: Positive = Field(default=8, description="rank of the update")
-    alpha: float = Field(default=16.0, gt=0, description="its scale is alpha / rank")
+    rank: Positive = Field(default=16, description="rank of the update")
+    alpha: float | None = Field(default=None, gt=0, description="its scale is alpha / rank; null = 2 x rank")
     dropout: Share = Field(default=0.0, description="dropout on the adapter's input")
-    target_modules: list[Text] = Field(
-        default=["q_proj", "v_proj"], description="names of the LLM's linear layers"
+    target_modules: list[Text] | None = Field(
+        default=None, description="names of the LLM's linear layers; null = its attention projections"
     )
 
 

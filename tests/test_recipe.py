@@ -10,7 +10,16 @@ import yaml
 from describers.compose import FORMS
 from describers.run import DEFAULT_ASR, DESCRIBERS
 from speech_llm.errors import UserError
-from speech_llm.recipe import EMBEDDED_WHISPER, PATH_KEYS, DescribeSection, Recipe, load_recipe
+from speech_llm.recipe import (
+    EMBEDDED_WHISPER,
+    PATH_KEYS,
+    DescribeSection,
+    Lora,
+    QFormer,
+    Recipe,
+    Stack,
+    load_recipe,
+)
 from speech_llm.recipe_errors import describe_keys
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -121,7 +130,7 @@ def test_connector_keys_belong_to_the_connector_s_type(recipe_file: Path) -> Non
     said = error(recipe_file, text=TEXT + "model:\n  connector:\n    type: stack\n    queries: 3\n")
     assert (
         said
-        == f"{recipe_file}, line 18: unknown key 'queries' in model.connector. Known: type, stack, width."
+        == f"{recipe_file}, line 18: unknown key 'queries' in model.connector. Known: type, stack, width, dropout, normalize."
     )
     assert "Did you mean 'qformer'?" in error(
         recipe_file, text=TEXT + "model: {connector: {type: qfromer}}\n"
@@ -227,3 +236,12 @@ def test_schema_agrees_with_the_describers() -> None:
     assert set(schema["form"]["enum"]) == set(FORMS)
     assert EMBEDDED_WHISPER == DEFAULT_ASR
     assert yaml.safe_load(load_recipe(RECIPES[0]).to_yaml())["describe"]["asr"] == DEFAULT_ASR
+
+
+def test_schema_agrees_with_the_model() -> None:
+    from speech_llm.model.configuration import CONNECTOR_DEFAULTS, CONNECTOR_KEYS, LORA_DEFAULTS
+
+    for connector in (QFormer(), Stack(type="stack")):
+        expected = {key: CONNECTOR_DEFAULTS[key] for key in CONNECTOR_KEYS[connector.type]}
+        assert connector.model_dump() == {**expected, "type": connector.type}
+    assert Lora().model_dump() == LORA_DEFAULTS
