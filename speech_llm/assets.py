@@ -322,6 +322,8 @@ def _build(reference: str, package: str, version: str, folder: Path) -> None:
             out / "asset.json",
             {"reference": reference, "name": entry.name, "licence": entry.licence, "wheels": hashes},
         )
+        for file in out.rglob("*"):  # safetensors writes 0600, and a cache may be shared
+            file.chmod(0o755 if file.is_dir() else 0o644)
         shutil.rmtree(folder, ignore_errors=True)  # without asset.json: nothing of ours
         os.replace(out, folder)
     finally:
