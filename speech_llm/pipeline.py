@@ -1,0 +1,454 @@
+"""The stages of a run: corpus -> describe -> targets -> train -> eval -> report, each into its own folder.
+
+In: a recipe and a run folder. Out: `RUN/<stage>/` with a `manifest.json`, written last: the recipe's part, the hashes of
+what went in and came out, versions, seconds, counts. A stage is skipped when it is finished and nothing that it depends on
+has changed; one that was interrupted continues; one whose recipe part or input changed starts over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speech_llm.corpus import SPLITS, build_corpus, manifest_files
+from speech_llm.errors import UserError
+from speech_llm.files import (
+    atomic_write,
+    explain_os_error,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    stable_hash,
+    write_json,
+)
+from speech_llm.recipe import Recipe
+
+Say = Callable[[str], None]
+PACKAGES = ("speech-llm", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
+HUGE_BYTES = 256 << 20
+HEADER = "# The whole recipe of this run, as"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    `version` changes whenever the same recipe and input would give another output. `part`: what of the recipe it depends
+    on. `inputs`: files whose contents it depends on. `run(recipe, run_dir, progress)` does it, resuming by itself, and
+    returns its counts. `outputs`: what it makes outside its own folder, relative to the run folder.
+    """
+
+    name: str
+    version: int
+    part: Callable[[Recipe], dict[str, Any]]
+    inputs: Callable[[Recipe, Path], list[Path]]
+    run: Callable[[Recipe, Path, bool], dict[str, Any]]
+    outputs: tuple[str, ...] = ()
+
+
+def _corpus(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
+    return build_corpus(recipe, run_dir / "corpus", progress)
+
+
+def _describe(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
+    from describers.run import describe_inputs
+
+    counts: dict[str, Any] = {}
+    for split in _splits(run_dir / "corpus"):
+        report = describe_inputs(
+            run_dir / "corpus" / f"{split}.jsonl",
+            run_dir / "describe" / f"{split}.jsonl",
+            use=recipe.describe.use,
+            label_columns=recipe.describe.labels or None,
+            asr=recipe.describe.asr,
+            form=recipe.describe.form,
+            progress=progress,
+        )
+        counts[split] = {
+            "described": report.described,
+            "rejected": report.rejected,
+            "coverage": report.coverage,
+        }
+        if report.reasons:
+            counts[split]["reasons"] = report.reasons
+        if not report.described and split != "natural":
+            raise UserError(
+                f"{run_dir / 'corpus' / split}.jsonl: none of its {report.rejected} clips can be used; "
+                f"{run_dir / 'describe' / split}.rejects.jsonl says why"
+            )
+    return counts
+
+
+def _targets(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
+    from speech_llm.targets.run import write_targets
+
+    return write_targets(recipe, run_dir / "describe" / "train.jsonl", run_dir / "targets", progress)
+
+
+def _train(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
+    from speech_llm.evaluation import make_probe
+    from speech_llm.training.loop import train
+
+    return train(
+        recipe,
+        run_dir / "targets" / "examples.jsonl",
+        run_dir / "train",
+        run_dir / "model",
+        described=run_dir / "describe" / "train.jsonl",
+        probe=make_probe(recipe, run_dir),
+        progress=progress,
+    )
+
+
+def _evaluate(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
+    from speech_llm.evaluation import evaluate_run
+
+    return evaluate_run(recipe, run_dir, progress)
+
+
+def _report(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
+    from eval.report import write_report
+
+    write_report([run_dir], run_dir / "report.html")
+    return {"bytes": (run_dir / "report.html").stat().st_size}
+
+
+def _splits(folder: Path) -> list[str]:
+    return [split for split in SPLITS if (folder / f"{split}.jsonl").exists()]
+
+
+def _pick(section: Any, *keys: str) -> dict[str, Any]:
+    values = section.model_dump(mode="json")
+    return {key: values[key] for key in keys} if keys else values
+
+
+STAGE_NAMES = ("corpus", "describe", "targets", "train", "eval", "report")
+# Bump a stage's version with every change that makes the same recipe and input give another output.
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "corpus",
+        1,
+        lambda r: {
+            "seed": r.seed,
+            # Where the manifests are counts too: their audio paths start there.
+            "data": {**_pick(r.data), "manifests": [str(path.resolve()) for path in manifest_files(r)]},
+        },
+        lambda r, _: manifest_files(r),
+        _corpus,
+    ),
+    Stage(
+        "describe",
+        1,
+        lambda r: {"describe": _pick(r.describe)},
+        lambda r, run: [*_tables(run / "corpus"), *_local_models(r.describe.asr)],
+        _describe,
+    ),
+    Stage(
+        "targets",
+        1,
+        lambda r: {
+            "seed": r.seed,
+            "llm": r.model.llm,
+            "form": r.describe.form,
+            "targets": {k: v for k, v in _pick(r.targets).items() if k != "prompts"},
+        },
+        lambda r, run: [
+            run / "describe" / "train.jsonl",
+            r.resolve_path(r.targets.prompts),
+            *_local_models(r.model.llm),
+        ],
+        _targets,
+    ),
+    Stage(
+        "train",
+        1,
+        lambda r: {
+            "seed": r.seed,
+            "model": _pick(r.model),
+            "data": _pick(r.data, "max_duration_s"),
+            "describe": _pick(r.describe, "labels", "form"),
+            "mixture": _pick(r.mixture),
+            "loss": _pick(r.loss),
+            "trainable": _pick(r.trainable),
+            "style": r.style,
+            # How often a checkpoint is kept changes nothing that is learned.
+            "optimizer": {
+                k: v for k, v in _pick(r.optimizer).items() if k not in ("checkpoint_every", "keep")
+            },
+            "json_probe": _pick(r.eval.json_probe),
+        },
+        lambda r, run: [
+            run / "targets" / "examples.jsonl",
+            run / "describe" / "train.jsonl",
+            run / "describe" / "test.jsonl",
+            *_local_models(r.model.llm, r.model.encoder),
+        ],
+        _train,
+        ("model",),
+    ),
+    Stage(
+        "eval",
+        1,
+        lambda r: {
+            "seed": r.seed,
+            "llm": r.model.llm,
+            "form": r.describe.form,
+            "eval": {k: v for k, v in _pick(r.eval).items() if k != "prompts"},
+        },
+        lambda r, run: [
+            *_tables(run / "corpus"),
+            *_tables(run / "describe"),
+            *sorted((run / "model").glob("*.safetensors")),
+            run / "model" / "config.json",
+            r.resolve_path(r.eval.prompts),
+            *_local_models(r.model.llm),
+        ],
+        _evaluate,
+        ("results.json",),
+    ),
+    Stage(
+        "report",
+        1,
+        lambda r: {"name": r.name},
+        lambda r, run: [run / "results.json", *(run / name / "manifest.json" for name in STAGE_NAMES[:-1])],
+        _report,
+        ("report.html",),
+    ),
+)
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [folder / f"{split}.jsonl" for split in _splits(folder)]
+
+
+def _local_models(*references: str) -> list[Path]:
+    """Files of models that are folders of the user's own, which may change under the same name."""
+    folders = [Path(reference) for reference in references if Path(reference).is_dir()]
+    return [file for folder in folders for file in sorted(folder.glob("*")) if file.is_file()]
+
+
+def run_stages(
+    recipe: Recipe,
+    run_dir: Path,
+    until: str = "report",
+    *,
+    progress: bool = True,
+    say: Say = print,
+    command: str | None = None,
+    stages: tuple[Stage, ...] = STAGES,
+) -> None:
+    """Run the stages up to and including `until` in `run_dir`, skipping those that are finished.
+
+    `say` gets one line per stage; `command` is what the user typed, kept at the head of `RUN/recipe.yaml`.
+    Raises `UserError`: a user's mistake, a folder that is no run's, another process at work in the folder.
+    """
+    last = [stage.name for stage in stages].index(until)
+    with _locked(run_dir):
+        _claim(recipe, run_dir, stages, command)
+        for number, stage in enumerate(stages[: last + 1], start=1):
+            title = f"[{number}/{last + 1}] {stage.name}"
+            manifest = finished(stage, recipe, run_dir)
+            if manifest is not None:
+                say(
+                    f"{title}: already done in {_time(manifest['seconds'])}, skipped{_summary(manifest['counts'])}"
+                )
+                continue
+            say(f"{title} ...")
+            manifest = run_stage(stage, recipe, run_dir, progress, say)
+            say(f"{title}: done in {_time(manifest['seconds'])}{_summary(manifest['counts'])}")
+
+
+def finished(stage: Stage, recipe: Recipe, run_dir: Path) -> dict[str, Any] | None:
+    """The manifest of a stage that needs not run again: nothing that it depends on has changed, its output is there."""
+    path = run_dir / stage.name / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = read_json(path)
+        key = _key(stage, recipe, _hashes(stage.inputs(recipe, run_dir), run_dir))
+        made = [run_dir / name for name in (*manifest["outputs"], *stage.outputs)]
+        good = manifest["key"] == key and all(output.exists() for output in made)
+        return {**manifest, "seconds": float(manifest["seconds"])} if good else None
+    except (UserError, KeyError, TypeError, ValueError):  # damaged: made again
+        return None
+
+
+def run_stage(
+    stage: Stage, recipe: Recipe, run_dir: Path, progress: bool = True, say: Say = print
+) -> dict[str, Any]:
+    """Run one stage, from where an interrupted run of the same stage stopped; returns its manifest.
+
+    What an earlier run left is thrown away when it was made with another recipe part or input. No manifest is there
+    while the stage runs or after it failed.
+    """
+    folder = run_dir / stage.name
+    marker, manifest_path = folder / "in_progress.json", folder / "manifest.json"
+    inputs = _hashes(stage.inputs(recipe, run_dir), run_dir)
+    key = _key(stage, recipe, inputs)
+    earlier_key, spent_s = _earlier(marker, manifest_path)
+    manifest_path.unlink(missing_ok=True)
+    if earlier_key != key:
+        if earlier_key is not None:
+            say(f"{stage.name}: the recipe or its input has changed, so it starts over")
+        for path in (folder, *(run_dir / name for name in stage.outputs)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        spent_s = 0.0
+    elif marker.exists():
+        say(f"{stage.name}: continues where it was interrupted after {_time(spent_s)}")
+    write_json(marker, {"stage": stage.name, "key": key, "seconds": spent_s})
+    started = time.perf_counter()
+    try:
+        counts = stage.run(recipe, run_dir, progress)
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    finally:
+        spent_s = round(spent_s + time.perf_counter() - started, 2)
+        with contextlib.suppress(UserError):  # a full disk has its own message
+            write_json(marker, {"stage": stage.name, "key": key, "seconds": spent_s})
+    files = [
+        path for path in sorted(folder.iterdir()) if path.is_file() and path not in (marker, manifest_path)
+    ]
+    manifest = {
+        "stage": stage.name,
+        "version": stage.version,
+        "key": key,
+        "recipe": stage.part(recipe),
+        "inputs": inputs,
+        "outputs": _hashes(files, run_dir),
+        "versions": versions(),
+        "seconds": spent_s,
+        "counts": counts,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(manifest_path, manifest)
+    marker.unlink()
+    return manifest
+
+
+def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, int]:
+    """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected."""
+    import torch
+
+    from speech_llm.data.features import FeatureStore
+    from speech_llm.model import build_model
+    from speech_llm.training.loop import feature_root
+    from speech_llm.training.precision import choose_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = build_model(
+        recipe.model, recipe.trainable, choose_dtype(recipe.optimizer.precision, device)
+    )
+    model.to(device)
+    store = FeatureStore(feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s)
+    tables = _tables(run_dir / "corpus")
+    paths = [str((table.parent / row["audio"]).resolve()) for table in tables for _, row in read_jsonl(table)]
+    return store.fill(paths, progress)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide a result; nothing is imported."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name.replace("-", "_")] = importlib.metadata.version(name)
+    return found
+
+
+def _key(stage: Stage, recipe: Recipe, inputs: dict[str, str]) -> str:
+    """Everything that a stage's output depends on, as one hash."""
+    # Of files outside the run only the content counts, so that the project's folder can be moved.
+    contents = sorted(("" if Path(name).is_absolute() else name) + digest for name, digest in inputs.items())
+    return stable_hash(
+        {"stage": stage.name, "version": stage.version, "recipe": stage.part(recipe), "inputs": contents}
+    )
+
+
+def _hashes(files: list[Path], run_dir: Path) -> dict[str, str]:
+    """File -> hash of its content (of a huge one its size and time); files of the run are named relative to it."""
+    out, root = {}, run_dir.resolve()
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: no such file")
+        whole = file.resolve()
+        name = whole.relative_to(root).as_posix() if whole.is_relative_to(root) else str(whole)
+        stat = file.stat()
+        huge = stat.st_size > HUGE_BYTES
+        out[name] = f"{stat.st_size} bytes, changed {stat.st_mtime_ns}" if huge else sha256_file(file)
+    return out
+
+
+def _earlier(marker: Path, manifest: Path) -> tuple[str | None, float]:
+    """Key and seconds of what an earlier run of a stage left: interrupted (its marker) or finished (its manifest)."""
+    for path in (marker, manifest):
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # absent or damaged
+            found = read_json(path)
+            return str(found["key"]), float(found["seconds"]) if path == marker else 0.0
+    return None, 0.0
+
+
+def _claim(recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...], command: str | None) -> None:
+    """Write `RUN/recipe.yaml`, which makes the folder a run's; one that holds another's files is left alone."""
+    path = run_dir / "recipe.yaml"
+    ours = path.exists() and path.read_text(encoding="utf-8", errors="replace").startswith(HEADER)
+    names = [
+        "recipe.yaml",
+        *(stage.name for stage in stages),
+        *(name for stage in stages for name in stage.outputs),
+    ]
+    taken = [run_dir / name for name in names if (run_dir / name).exists()]
+    if taken and not ours:
+        raise UserError(
+            f"{taken[0]}: this was not made by a run, so nothing is written here; give another folder with --out"
+        )
+    with atomic_write(path) as handle:
+        handle.write(f"{HEADER} `{command or 'speech-llm run'}` read it\n{recipe.to_yaml()}")
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out of the run folder; the lock ends with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = open(run_dir / ".lock", "a")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise explain_os_error(error, run_dir) from error
+    with handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # a system without it: two runs at once are the user's to avoid
+            pass
+        except OSError:
+            raise UserError(
+                f"{run_dir}: another process is at work in this run folder; wait for it or give another --out"
+            ) from None
+        yield
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def _summary(counts: dict[str, Any]) -> str:
+    """The plain numbers among a stage's counts, as the end of its line."""
+    plain = [
+        f"{name} {value:,}"
+        for name, value in counts.items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    ]
+    nested = [
+        f"{name} {value['described']:,}"
+        + (f" (rejected {value['rejected']:,})" if value.get("rejected") else "")
+        for name, value in counts.items()
+        if isinstance(value, dict) and "described" in value
+    ]
+    return f" ({', '.join((plain + nested)[:4])})" if plain or nested else ""
