@@ -48,11 +48,12 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         check_encoder(encoder, config.encoder or "the encoder")
         self.encoder = encoder.requires_grad_(False).eval()
         self.llm = llm.requires_grad_(False)
-        self.gate = AdapterGate(on=not config.gate_adapters)
-        if config.lora is not None:
-            add_lora(self.llm, config.lora, self.gate, config.llm or "the LLM")
         self.connector: Any = make_connector(config)
         calibrate(self.connector, self.llm.get_input_embeddings(), int(config.get_text_config().vocab_size))
+        self.gate = AdapterGate(on=not config.gate_adapters)
+        # After the connector, so that a seed gives the same connector with and without adapters.
+        if config.lora is not None:
+            add_lora(self.llm, config.lora, self.gate, config.llm or "the LLM")
         self._no_split_modules = list(getattr(llm, "_no_split_modules", None) or [])
         # No post_init: it would initialise the ready parts anew.
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -441,7 +442,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
             "context_fn": self.gate.checkpoint_contexts,
             **(gradient_checkpointing_kwargs or {}),
         }
-        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **kwargs)
+        if hasattr(self.llm, "activation_checkpointing_enable"):
+            self.llm.activation_checkpointing_enable(settings, **kwargs)
+        else:
+            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()

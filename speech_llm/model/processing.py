@@ -131,7 +131,8 @@ class SpeechLLMProcessor(PushToHubMixin):
         if len(clip) < needed:
             clip = np.pad(clip, (0, needed - len(clip)))
         values = extractor(clip, sampling_rate=self.sample_rate_hz, padding=False, return_tensors="np")
-        return torch.from_numpy(np.asarray(values["input_values"][0], dtype=np.float32))
+        # The last few samples, less than a frame's step, reach no frame; a batch could not keep them apart from padding.
+        return torch.from_numpy(np.asarray(values["input_values"][0][:needed], dtype=np.float32))
 
     # ---------------------------------------------------------------- text
 
