@@ -177,7 +177,7 @@ def test_a_misspelt_connector_setting_names_the_nearest() -> None:
         complete_connector({"querys": 3})
     with pytest.raises(UserError, match="qformer, stack"):
         complete_connector({"type": "mlp"})
-    with pytest.raises(UserError, match="connector.stack is 0"):
+    with pytest.raises(UserError, match=r"connector\.stack is 0"):
         complete_connector({"type": "stack", "stack": 0})
-    with pytest.raises(UserError, match="multiple of connector.heads"):
+    with pytest.raises(UserError, match="multiple of"):
         connector("qformer", heads=5)

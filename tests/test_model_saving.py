@@ -129,14 +129,14 @@ def test_a_checkpoint_of_another_llm_or_encoder_is_refused_naming_both(tmp_path:
 
 
 def test_a_damaged_or_foreign_folder_is_told_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no config.json, so this is not a saved speech LLM"):
+    with pytest.raises(UserError, match=r"no config\.json, so this is not a saved speech LLM"):
         SpeechLLMForConditionalGeneration.from_pretrained(tmp_path, **parts())
     model, _ = trained_model()
     model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="model.safetensors: cannot be read .* damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read .* damaged"):
         SpeechLLMForConditionalGeneration.from_pretrained(tmp_path, **parts())
     state = safetensors.torch.load(whole)
     state["connector.extra"] = state.pop("connector.proj.bias")
@@ -146,7 +146,7 @@ def test_a_damaged_or_foreign_folder_is_told_in_a_sentence(tmp_path: Path) -> No
     ):
         SpeechLLMForConditionalGeneration.from_pretrained(tmp_path, **parts())
     weights.unlink()
-    with pytest.raises(UserError, match="no model.safetensors; the checkpoint is incomplete"):
+    with pytest.raises(UserError, match=r"no model\.safetensors; the checkpoint is incomplete"):
         SpeechLLMForConditionalGeneration.from_pretrained(tmp_path, **parts())
 
 
@@ -157,7 +157,7 @@ def test_trained_state_moves_between_models() -> None:
     assert torch.equal(
         first(input_ids=spoken(), **sounds(5)).logits, second(input_ids=spoken(), **sounds(5)).logits
     )
-    with pytest.raises(ValueError, match="connector.proj.weight has shape"):
+    with pytest.raises(ValueError, match=r"connector\.proj\.weight has shape"):
         second.load_trained({**first.trained_state_dict(), "connector.proj.weight": torch.zeros(2, 2)})
 
 

@@ -61,6 +61,7 @@ class SpeechLLMProcessor(PushToHubMixin):
 
     def __init__(self, tokenizer: Any, feature_extractor: Any, config: SpeechLLMConfig) -> None:
         self.tokenizer, self.feature_extractor, self.config = tokenizer, feature_extractor, config
+        self._special: set[int] | None = None
 
     @property
     def audio_token_id(self) -> int:
@@ -276,9 +277,12 @@ class SpeechLLMProcessor(PushToHubMixin):
 
     def _end_of_turn(self, ids: list[int], end: int) -> int:
         """Where an answer ends, with the special token that closes the turn when one follows at once or after a space."""
-        special = set(self.tokenizer.all_special_ids)
+        if self._special is None:
+            added = getattr(self.tokenizer, "added_tokens_decoder", {})
+            marked = {token for token, entry in added.items() if getattr(entry, "special", False)}
+            self._special = marked | set(self.tokenizer.all_special_ids)
         for place in range(end, min(end + 2, len(ids))):
-            if ids[place] in special:
+            if ids[place] in self._special:
                 return place + 1
         return end
 
