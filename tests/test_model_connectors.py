@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from speech_llm.errors import UserError
 from speech_llm.model.configuration import complete_connector
-from speech_llm.model.connectors import CrossAttention, QFormerConnector, StackConnector
+from speech_llm.model.connectors import CrossAttention, QFormerConnector, StackConnector, calibrate
 
 BOTH = ["qformer", "stack"]
 
@@ -124,17 +124,20 @@ def test_the_number_of_vectors_is_known_without_running_the_connector(kind: str,
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("size", [0.02, 1.0])
-def test_fresh_vectors_are_as_long_as_the_llms_embeddings(kind: str, size: float) -> None:
+def test_fresh_vectors_lie_among_the_llms_embeddings(kind: str, size: float) -> None:
+    """As long as words are, and around the words' mean."""
     model, _ = tiny_model(connector={"type": kind})
-    llm = tiny_llm()
+    table = tiny_llm().get_input_embeddings()
     with torch.no_grad():
-        llm.get_input_embeddings().weight.normal_(std=size)
-    from speech_llm.model.connectors import calibrate
-
-    calibrate(model.connector, llm.get_input_embeddings(), 300)
-    vectors, _ = model.connector(5 * torch.randn(2, 60, len(model.config.taps), 24), torch.tensor([60, 40]))
-    length = float(llm.get_input_embeddings().weight.detach().norm(dim=-1).median())
-    assert 0.6 * length < float(vectors[0].detach().norm(dim=-1).mean()) < 1.6 * length
+        table.weight.normal_(std=size)
+        table.weight.add_(2 * size * torch.randn(32))
+        calibrate(model.connector, table, 300)
+        features = 5 * torch.randn(20, 60, len(model.config.taps), 24)
+        vectors, _ = model.connector(features, torch.full((20,), 60))
+        words = table.weight
+        length = float(words.norm(dim=-1).median())
+        assert 0.6 * length < float(vectors.norm(dim=-1).mean()) < 1.6 * length
+        assert float(torch.cosine_similarity(vectors.mean((0, 1)), words.mean(0), dim=0)) > 0.8
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -4,8 +4,8 @@
     stack     each k frames become one vector (SLAM-LLM, 2402.08846; Ultravox): a number that grows with the clip
 
 Both take `features: (n, frames, taps, width)` and `frame_counts: (n,)`, frames beyond a clip's count being padding that is
-never looked at, and give `vectors: (n, k_max, llm_width)` and `counts: (n,)`. Vectors start out as long as the LLM's
-own embeddings are: `scale` is set to their size, so that the layers before it work at unit variance.
+never looked at, and give `vectors: (n, k_max, llm_width)` and `counts: (n,)`. Vectors start out among the LLM's own
+embeddings (`calibrate`): `scale` has their size, so that the layers before it work at unit variance.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class QFormerConnector(nn.Module):
 
     def forward(self, features: Tensor, frame_counts: Tensor) -> tuple[Tensor, Tensor]:
         mask = _checked_mask(features, frame_counts)
-        frames = _prepared(features, mask, self.proj.weight.dtype, self.settings["normalize"]).transpose(1, 2)
+        frames = _prepared(features, mask, self.proj.weight.dtype, self.settings["normalize"])
         hidden = self.queries[None]
         for block in self.blocks:
             hidden = block(hidden, frames, mask)
@@ -184,9 +184,9 @@ class StackConnector(nn.Module):
         mask = _checked_mask(features, frame_counts)
         frames = _prepared(features, mask, self.proj.weight.dtype, self.settings["normalize"])
         if self.layer_weights is None:
-            mixed = frames[:, :, 0]
+            mixed = frames[:, 0]
         else:
-            mixed = torch.einsum("nftw,t->nfw", frames, self.layer_weights.softmax(0))
+            mixed = torch.einsum("ntfw,t->nfw", frames, self.layer_weights.softmax(0))
         mixed = functional.pad(mixed, (0, 0, 0, -mixed.shape[1] % self.stack))
         stacked = mixed.unflatten(1, (-1, self.stack)).flatten(2)
         gate, up = self.gate_up(self.norm_in(stacked)).chunk(2, dim=-1)
@@ -206,13 +206,18 @@ def _checked_mask(features: Tensor, frame_counts: Tensor) -> Tensor:
 
 
 def _prepared(features: Tensor, mask: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
-    """Features in the connector's dtype, normalised per frame and layer, with padding set to zero."""
-    features = features.to(dtype)
+    """Features as (n, taps, frames, width) in the connector's dtype, normalised per frame and layer, padding set to zero.
+
+    The one copy that this makes lies as the attention reads it: without it, every block would make its own.
+    """
+    frames = features.to(dtype).transpose(1, 2).contiguous()
     if normalize:
         # Tapped layers differ in size by an order of magnitude, and a few channels dwarf the rest.
-        features = functional.layer_norm(features, features.shape[-1:])
-    # Also when the mask hides them: 0 x NaN from padding would spread.
-    return features.masked_fill(~mask[:, :, None, None], 0.0)
+        frames = functional.layer_norm(frames, frames.shape[-1:])
+    if bool(mask.all()):
+        return frames
+    # Also where attention masks it: 0 x NaN from padding would spread.
+    return frames.masked_fill(~mask[:, None, :, None], 0.0)
 
 
 def _init(connector: nn.Module) -> None:
@@ -239,9 +244,15 @@ def make_connector(config: SpeechLLMConfig) -> Connector:
 
 @torch.no_grad()
 def calibrate(connector: Connector, embeddings: nn.Module, vocabulary: int) -> None:
-    """Set `scale` so that vectors are as long as the LLM's median token embedding (a sample of the vocabulary)."""
+    """Start the connector's vectors among the LLM's token embeddings: around their mean, as far from it as words are.
+
+    In many LLMs the mean is a large part of every embedding (two thirds of its length in SmolLM2), so vectors of the right
+    length in random directions would be unlike any word. A sample of the vocabulary is looked at.
+    """
     device = next(embeddings.parameters()).device
     ids = torch.linspace(0, vocabulary - 1, min(vocabulary, 4096), device=device).long()
-    vectors = embeddings(ids).float()
-    length = vectors.norm(dim=-1).median()
-    connector.scale.fill_(float(length) / math.sqrt(vectors.shape[-1]))
+    words = embeddings(ids).float()
+    mean = words.mean(0)
+    spread = float((words - mean).norm(dim=-1).median()) / math.sqrt(words.shape[-1])
+    connector.scale.fill_(spread)
+    connector.proj.bias.copy_(mean / spread)
