@@ -262,10 +262,13 @@ def test_loss_on_labels_is_the_mean_cross_entropy_of_the_next_token() -> None:
     assert output.logits.shape == (8, VOCABULARY)
 
 
+@pytest.mark.parametrize("llm", ["llama", "gemma3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_a_four_dimensional_mask_and_a_cached_prefix_give_the_plain_logits(attention: str, kind: str) -> None:
-    model, _ = tiny_model(lora=LORA)
+def test_a_four_dimensional_mask_and_a_cached_prefix_give_the_plain_logits(
+    kind: str, attention: str, llm: str
+) -> None:
+    model, _ = tiny_model(llm=llm, lora=LORA)
     stir_adapters(model)
     model.llm.set_attn_implementation(attention)
     ids, clips = spoken(2), sounds(5, 6)
@@ -296,6 +299,16 @@ def test_a_four_dimensional_mask_and_a_cached_prefix_give_the_plain_logits(atten
             has_audio=torch.ones(2, dtype=torch.bool),
         ).logits
     torch.testing.assert_close(cached, plain[:, prefix:], atol=2e-5, rtol=1e-4)
+
+
+def test_a_mask_that_a_sliding_window_would_not_obey_is_refused() -> None:
+    model, _ = tiny_model(llm="gemma3")
+    model.config.get_text_config().sliding_window = 8
+    ids = text(1, 9)
+    with pytest.raises(
+        ValueError, match="mask over 9 keys cannot be given to an LLM whose layers see only the last 8"
+    ):
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool).tril())
 
 
 def test_cached_generation_gates_each_row_by_its_own_audio() -> None:

@@ -114,6 +114,13 @@ def test_a_clip_longer_than_the_encoder_hears_is_refused_with_both_lengths() -> 
         encode(model.encoder, torch.zeros(1, 80, 3002), torch.tensor([1501]), [1])
 
 
+def test_longest_clip_can_be_set_for_encoders_without_a_limit_of_their_own() -> None:
+    _, processor = tiny_model(encoder="wav2vec2", max_audio_s=0.5)
+    processor.mel_features(clips(0.5))
+    with pytest.raises(UserError, match=r"0\.6 s long, but the encoder hears at most 0\.5 s"):
+        processor.mel_features(clips(0.6))
+
+
 def test_the_encoder_never_trains_nor_drops() -> None:
     model, processor = tiny_model(encoder="wav2vec2")
     inputs = processor.mel_features(clips(0.4))
@@ -131,4 +138,12 @@ def test_an_encoder_whose_layers_cannot_be_tapped_is_refused_in_a_sentence() -> 
 
     with pytest.raises(UserError, match="is a llama model, whose layers cannot be tapped; use a Whisper"):
         SpeechLLMForConditionalGeneration.build(tiny_llm(), tiny_llm().model, encoder_reference="some-llm")
-    assert tiny_encoder("whisper") is not None
+
+
+def test_an_llm_that_does_not_continue_text_is_refused_in_a_sentence() -> None:
+    from tiny_models import tiny_llm
+
+    from speech_llm.model import SpeechLLMForConditionalGeneration
+
+    with pytest.raises(UserError, match="some-llm is a llama model that does not continue text"):
+        SpeechLLMForConditionalGeneration.build(tiny_llm().model, tiny_encoder(), llm_reference="some-llm")

@@ -77,6 +77,7 @@ def test_a_checkpoint_finds_its_frozen_parts_by_reference(built, tmp_path: Path)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
+    assert str(assets.cache_dir()) not in json.dumps(saved)
     assert (saved["llm"], saved["encoder"]) == (assets.SMOLLM2, assets.WHISPER_TINY_EN)
     assert (tmp_path / "model.safetensors").stat().st_size < 30e6
     loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)

@@ -118,7 +118,7 @@ def _run(encoder: nn.Module, inputs: Tensor, taps: Sequence[int]) -> Tensor:
         if last in taps:
             handles.append(stack.register_forward_hook(listen(last)))
         try:
-            encoder(inputs)
+            encoder(inputs.to(next(encoder.parameters()).dtype))
         finally:
             for handle in handles:
                 handle.remove()

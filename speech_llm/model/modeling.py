@@ -46,6 +46,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
     def __init__(self, config: SpeechLLMConfig, encoder: nn.Module, llm: PreTrainedModel) -> None:
         super().__init__(config)
         check_encoder(encoder, config.encoder or "the encoder")
+        _check_llm(llm, config.llm or "the LLM")
         self.encoder = encoder.requires_grad_(False).eval()
         self.llm = llm.requires_grad_(False)
         self.connector: Any = make_connector(config)
@@ -79,12 +80,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         """
         llm_module, llm_name = _load_llm(llm, dtype)
         encoder_module, encoder_name = _load_encoder(encoder, dtype)
-        encoder_config: Any = encoder_module.config
         config = SpeechLLMConfig(
             llm=llm_reference or llm_name,
             encoder=encoder_reference or encoder_name,
-            llm_config=llm_module.config.to_dict(),
-            encoder_config=encoder_config.to_dict(),
+            llm_config=_portable(llm_module.config),
+            encoder_config=_portable(encoder_module.config),
             **settings,
         )
         return cls(config, encoder_module, llm_module)
@@ -98,10 +98,12 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         use_encoder: str | nn.Module | None = None,
         config: SpeechLLMConfig | None = None,
         dtype: torch.dtype | str | None = None,
+        device_map: str | torch.device | None = None,
         **_hub: Any,
     ) -> SpeechLLMForConditionalGeneration:
         """Load what was trained from a folder or hub id, and the frozen parts from the references it names.
 
+        `dtype`: of the frozen parts (default float32). `device_map`: the one device to put the model on ("auto": a GPU if any).
         `use_llm`, `use_encoder`: other references or ready modules to use instead. Raises `UserError` when a frozen part is not the
         one that the checkpoint was trained with, or the folder is not a checkpoint.
         """
@@ -134,6 +136,14 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
             model.load_trained(state)
         except ValueError as error:
             raise UserError(f"{weights}: {error}") from None
+        if device_map is not None:
+            model.to(
+                "cuda"
+                if device_map == "auto" and torch.cuda.is_available()
+                else "cpu"
+                if device_map == "auto"
+                else device_map
+            )
         return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
@@ -220,7 +230,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
             padded = self.config.encoding == "padded"
         parameter = next(self.encoder.parameters())
         trained = any(p.requires_grad for p in self.encoder.parameters())
-        inputs = input_features.to(parameter.device, parameter.dtype)
+        inputs = input_features.to(parameter.device)
         with contextlib.nullcontext() if trained else torch.no_grad():
             features = encode(self.encoder, inputs, frame_counts, self.config.taps, padded)
         return features, frame_counts.to(features.device)
@@ -466,6 +476,13 @@ def _positions(mask: Tensor | None, length: int) -> Tensor | None:
     return ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
+def _portable(config: Any) -> dict[str, Any]:
+    """A part's config without the place on this machine that it was read from."""
+    settings = config.to_dict()
+    settings.pop("_name_or_path", None)
+    return settings
+
+
 def _folder(reference: str | os.PathLike[str]) -> Path:
     path = Path(reference)
     if path.is_dir():
@@ -490,6 +507,15 @@ def _load_encoder(encoder: str | nn.Module, dtype: torch.dtype) -> tuple[nn.Modu
         return load_encoder(encoder, dtype=dtype)[0], encoder
     config: Any = encoder.config
     return encoder, config.name_or_path or ""
+
+
+def _check_llm(llm: PreTrainedModel, reference: str) -> None:
+    """Raise a `UserError` unless this is a causal LLM that reads embeddings."""
+    decoder_only = not getattr(llm.config, "is_encoder_decoder", False)
+    if not decoder_only or llm.get_output_embeddings() is None:
+        raise UserError(
+            f"{reference} is a {llm.config.model_type} model that does not continue text; use a decoder-only LLM (Llama, Qwen, Gemma, Phi, ...)"
+        )
 
 
 def _check_same(folder: Path, part: str, trained_with: str, saved: Any, given: str, found: Any) -> None:

@@ -100,12 +100,11 @@ class SpeechLLMProcessor(PushToHubMixin):
         """
         config: Any = self.config.encoder_config
         counts = [self.frames(len(clip)) for clip in clips]
-        limit = max_frames(config)
         for clip, count in zip(clips, counts, strict=True):
-            if limit is not None and count > limit:
+            seconds = len(clip) / self.sample_rate_hz
+            if seconds > self.config.max_audio_s or count > (max_frames(config) or count):
                 raise UserError(
-                    f"a clip is {len(clip) / self.sample_rate_hz:.1f} s long, but the encoder hears at most "
-                    f"{inputs_of_frames(config, limit) * self.feature_extractor.hop_length / self.sample_rate_hz:g} s; split it first"
+                    f"a clip is {seconds:.1f} s long, but the encoder hears at most {self.config.max_audio_s:g} s; split it first"
                 )
         pieces = [
             self._prepare(np.asarray(clip, dtype=np.float32), count)
