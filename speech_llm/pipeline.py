@@ -243,13 +243,14 @@ def run_stages(
     progress: bool = True,
     say: Say = print,
     command: str | None = None,
-    stages: tuple[Stage, ...] = STAGES,
+    stages: tuple[Stage, ...] | None = None,
 ) -> None:
     """Run the stages up to and including `until` in `run_dir`, skipping those that are finished.
 
     `say` gets one line per stage; `command` is what the user typed, kept at the head of `RUN/recipe.yaml`.
     Raises `UserError`: a user's mistake, a folder that is no run's, another process at work in the folder.
     """
+    stages = stages or STAGES
     last = [stage.name for stage in stages].index(until)
     with _locked(run_dir):
         _claim(recipe, run_dir, stages, command)
@@ -415,23 +416,18 @@ def _claim(recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...], command: st
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Keep a second process out of the run folder; the lock ends with the process, however it ends."""
+    import filelock
+
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = open(run_dir / ".lock", "a")  # noqa: SIM115 - closed below
+        with filelock.FileLock(run_dir / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"{run_dir}: another process is at work in this run folder; wait for it or give another --out"
+        ) from None
     except OSError as error:
         raise explain_os_error(error, run_dir) from error
-    with handle:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # a system without it: two runs at once are the user's to avoid
-            pass
-        except OSError:
-            raise UserError(
-                f"{run_dir}: another process is at work in this run folder; wait for it or give another --out"
-            ) from None
-        yield
 
 
 def _time(seconds: float) -> str:

