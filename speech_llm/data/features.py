@@ -39,12 +39,12 @@ def feature_key(model: SpeechLLMForConditionalGeneration, encoding: str) -> str:
     config = model.config
     encoder = config.encoder_config
     parts = {
-        "encoder": config.encoder,
         "config": {k: encoder.to_dict().get(k) for k in ("model_type", "d_model", "hidden_size", "encoder_layers")},
         "weights": _weights_fingerprint(model.encoder),
         "taps": list(config.taps),
         "encoding": encoding,
         "quantum_s": LENGTH_QUANTUM_S,
+        "computed_in": str(next(model.encoder.parameters()).dtype),
         "dtype": str(CACHE_DTYPE),
     }
     return stable_hash(parts)[:16]

@@ -1,0 +1,51 @@
+"""Uncertainty: intervals, chance, majority, and the paired comparison of two models."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927); (0, 1) where nothing was counted."""
+    if n == 0:
+        return 0.0, 1.0
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap_ratio(
+    errors: Sequence[float], totals: Sequence[float], draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of sum(errors) / sum(totals), rows drawn with replacement: for corpus-level WER."""
+    if not errors or not sum(totals):
+        return 0.0, 1.0
+    rng = np.random.default_rng(seed)
+    e, t = np.asarray(errors, float), np.asarray(totals, float)
+    picks = rng.integers(0, len(e), (draws, len(e)))
+    low, high = np.quantile(e[picks].sum(1) / np.maximum(1e-9, t[picks].sum(1)), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def chance(options: Sequence[str] | None) -> float | None:
+    """The rate of a blind guess among the options."""
+    return 1 / len(options) if options else None
+
+
+def majority(labels: Sequence[str]) -> float | None:
+    """The rate of always giving the most frequent label."""
+    return Counter(labels).most_common(1)[0][1] / len(labels) if labels else None
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p that two models are equally good, from the instances that only one of them gets right."""
+    n = only_first + only_second
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
+    return min(1.0, 2 * tail)

@@ -1,0 +1,146 @@
+"""Tasks: questions about audio with labels, from JSON lines.
+
+One line is one instance: `{"task", "id", "messages", "label", "metric", "options", "synonyms", "seen", "prompt_id",
+"dimension"}`. `messages` end with a user turn whose content holds audio parts (paths relative to the file).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speech_llm.errors import UserError, nearest
+from speech_llm.examples import Message, audio_parts
+from speech_llm.files import read_jsonl, write_jsonl
+
+METRICS = ("option", "wer", "exact")
+
+
+@dataclass
+class Instance:
+    """One question. `metric`: "option" (names the right one of `options`), "wer" (words said), "exact" (same string)."""
+
+    id: str
+    messages: list[Message]
+    label: str
+    task: str
+    metric: str = "option"
+    options: list[str] | None = None
+    synonyms: dict[str, list[str]] | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    seen: bool | None = None
+    prompt_id: str | None = None
+
+
+@dataclass
+class Task:
+    """Instances under one name. `dimension`: what they belong to (a test split, a Dynamic-SUPERB dimension)."""
+
+    name: str
+    dimension: str
+    instances: list[Instance]
+    metric: str = "option"
+    options: list[str] | None = None
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_task(task: Task, path: Path) -> None:
+    """Write a task as JSON lines; audio paths are written as they are."""
+    write_jsonl(
+        path,
+        (
+            {
+                "task": task.name,
+                "id": item.id,
+                "dimension": task.dimension,
+                "messages": item.messages,
+                "label": item.label,
+                "metric": item.metric,
+                "options": item.options,
+                "synonyms": item.synonyms,
+                "seen": item.seen,
+                "prompt_id": item.prompt_id,
+            }
+            for item in task.instances
+        ),
+    )
+
+
+def load_tasks(spec: str) -> list[Task]:
+    """Tasks from `jsonl:FILE` (or a path that ends in .jsonl). Bad lines are kept in the task's `rejects`.
+
+    Raises `UserError` for an unknown form, a missing file, or a file without one usable line.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "jsonl" and rest:
+        return _load_jsonl(Path(rest))
+    if spec.endswith(".jsonl"):
+        return _load_jsonl(Path(spec))
+    raise UserError(f"unknown task {spec!r}; give jsonl:FILE.{nearest(kind, ['jsonl'])}")
+
+
+def _load_jsonl(path: Path) -> list[Task]:
+    rejects: list[dict[str, Any]] = []
+    tasks: dict[str, Task] = {}
+    ids: set[tuple[str, str]] = set()
+
+    def reject(number: int, reason: str) -> None:
+        rejects.append({"file": str(path), "line": number, "reason": reason})
+
+    for number, row in read_jsonl(path, lambda n, _text, reason: reject(n, reason)):
+        try:
+            instance, dimension = _instance(row, path, number)
+        except (ValueError, TypeError, AttributeError) as error:
+            reject(number, str(error))
+            continue
+        if (instance.task, instance.id) in ids:
+            reject(number, f"the id {instance.id!r} occurs twice in task {instance.task!r}")
+            continue
+        ids.add((instance.task, instance.id))
+        task = tasks.setdefault(
+            instance.task, Task(instance.task, dimension, [], instance.metric, instance.options)
+        )
+        task.instances.append(instance)
+    if not tasks:
+        why = f" (line {rejects[0]['line']}: {rejects[0]['reason']})" if rejects else ""
+        raise UserError(f"{path}: there is no usable instance{why}")
+    next(iter(tasks.values())).rejects = rejects
+    return list(tasks.values())
+
+
+def _instance(row: dict[str, Any], path: Path, number: int) -> tuple[Instance, str]:
+    messages, label = row.get("messages"), row.get("label")
+    metric = str(row.get("metric") or ("option" if row.get("options") else "exact"))
+    if not isinstance(messages, list) or not messages or messages[-1].get("role") != "user":
+        raise ValueError("'messages' must be a list that ends with a user turn")
+    if label is None:
+        raise ValueError("there is no 'label'")
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
+    options = row.get("options")
+    if metric == "option":
+        if not isinstance(options, Sequence) or isinstance(options, str) or len(options) < 2:
+            raise ValueError("metric 'option' needs a list 'options' of at least two")
+        if label not in options:
+            raise ValueError(f"the label {label!r} is not among the options {options}")
+    for part in audio_parts(messages):
+        if not part.get("path"):
+            raise ValueError("an audio part has no 'path'")
+        if not Path(part["path"]).is_absolute():
+            part["path"] = str((path.parent / part["path"]).resolve())
+        if not Path(part["path"]).exists():
+            raise ValueError(f"{part['path']}: no such audio file")
+    instance = Instance(
+        id=str(row.get("id") or f"{path.stem}-{number}"),
+        messages=messages,
+        label=str(label),
+        task=str(row.get("task") or path.stem),
+        metric=metric,
+        options=[str(option) for option in options] if options else None,
+        synonyms=row.get("synonyms"),
+        seen=row.get("seen"),
+        prompt_id=row.get("prompt_id"),
+    )
+    return instance, str(row.get("dimension") or "")
