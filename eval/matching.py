@@ -49,7 +49,9 @@ class Match:
 @functools.lru_cache(maxsize=4096)
 def _pattern(word: str) -> re.Pattern[str]:
     """A whole-word pattern: "female" does not contain "male", "slow" does not match "slowest one" by accident."""
-    flexible = re.sub(r"[\s_-]+", r"[\\s_-]+", re.escape(word.strip()).replace(r"\ ", " ").replace(r"\-", "-"))
+    flexible = re.sub(
+        r"[\s_-]+", r"[\\s_-]+", re.escape(word.strip()).replace(r"\ ", " ").replace(r"\-", "-")
+    )
     return re.compile(rf"(?<![\w-]){flexible}(?:'s|s'|’s)?(?![\w-])", re.IGNORECASE)
 
 
@@ -94,7 +96,8 @@ def match_option(
         (span, option)
         for span, option in every
         if not any(
-            other != span and other[0] <= span[0] and span[1] <= other[1] and name != option for other, name in every
+            other != span and other[0] <= span[0] and span[1] <= other[1] and name != option
+            for other, name in every
         )
     ]
     named = {option for span, option in kept if not _NEGATION.search(text[: span[0]])}
@@ -118,7 +121,10 @@ def match_option(
 
 def _hits(word: str, text: str) -> list[re.Match[str]]:
     if len(word) == 1 and word.isalpha():
-        alone = re.compile(rf"^\W*{re.escape(word)}\W*(?:$|[).:]\s)|\((?:{re.escape(word)})\)|\b(?:option|answer is)\W+{re.escape(word)}\b", re.IGNORECASE)
+        alone = re.compile(
+            rf"^\W*{re.escape(word)}\W*(?:$|[).:]\s)|\((?:{re.escape(word)})\)|\b(?:option|answer is)\W+{re.escape(word)}\b",
+            re.IGNORECASE,
+        )
         return list(alone.finditer(text))
     return list(_pattern(word).finditer(text))
 
@@ -132,7 +138,11 @@ def spoken_words(answer: str) -> str:
     opened = re.search(r'["“«](.+)$', text, re.DOTALL)
     if opened:
         return opened.group(1).strip()
-    told = re.search(r"\b(?:says|said|saying|states|words are|words spoken are|sentence is)\b\s*[:,]?\s*(.+)$", text, re.DOTALL | re.IGNORECASE)
+    told = re.search(
+        r"\b(?:says|said|saying|states|words are|words spoken are|sentence is)\b\s*[:,]?\s*(.+)$",
+        text,
+        re.DOTALL | re.IGNORECASE,
+    )
     return (told.group(1) if told else text).strip()
 
 

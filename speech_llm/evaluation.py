@@ -54,10 +54,21 @@ def build_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
         if recipe.eval.transcript:
             column = recipe.eval.text_column
             instances = [
-                _instance(recipe, split, clip, prompt, "transcript", questioner, None, str(labels[clip["id"]][column]))
+                _instance(
+                    recipe,
+                    split,
+                    clip,
+                    prompt,
+                    "transcript",
+                    questioner,
+                    None,
+                    str(labels[clip["id"]][column]),
+                )
                 for number, clip in enumerate(clips)
                 if labels.get(clip["id"], {}).get(column)
-                for prompt in _asked(pool, "transcript", number, clip["attributes"], recipe.eval.prompts_per_clip)
+                for prompt in _asked(
+                    pool, "transcript", number, clip["attributes"], recipe.eval.prompts_per_clip
+                )
             ]
             if instances:
                 tasks.append(Task(task_name(split, "words"), split, instances, "wer", None))
@@ -70,7 +81,9 @@ def build_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
 
 def test_splits(run_dir: Path) -> list[str]:
     """The described splits that are not trained on, `test` first."""
-    found = {path.stem for path in (run_dir / "describe").glob("*.jsonl") if not path.stem.endswith("rejects")}
+    found = {
+        path.stem for path in (run_dir / "describe").glob("*.jsonl") if not path.stem.endswith("rejects")
+    }
     return sorted(found - {"train"}, key=lambda name: (name != "test", name))
 
 
@@ -131,7 +144,7 @@ def _instance(
 
 
 class JsonProbe:
-    """"Does it still answer in JSON, and rightly?" asked on audio and on text, before training and after every epoch."""
+    """ "Does it still answer in JSON, and rightly?" asked on audio and on text, before training and after every epoch."""
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         settings = recipe.eval.json_probe
@@ -147,7 +160,9 @@ class JsonProbe:
             if name not in clip["attributes"]:
                 continue
             text = JSON_PROMPT.format(name=name.replace("_", " "))
-            prompt = PoolPrompt("json-probe", text, (name,), f'{{{{"answer": "{{{name}}}"}}}}', {"answer": name})
+            prompt = PoolPrompt(
+                "json-probe", text, (name,), f'{{{{"answer": "{{{name}}}"}}}}', {"answer": name}
+            )
             question = questioner.question(clip["attributes"], prompt, clip["id"])
             audio: dict[str, Any] = {
                 "path": clip["audio"],
@@ -182,7 +197,9 @@ class JsonProbe:
         schema = {"type": "object", "required": ["answer"], "properties": {"answer": {"type": "string"}}}
         return summarise_json(
             [
-                score_json(answer, schema, label=item["label"], options=item["options"], synonyms=item["synonyms"])
+                score_json(
+                    answer, schema, label=item["label"], options=item["options"], synonyms=item["synonyms"]
+                )
                 for item, answer in zip(self.items, answers, strict=True)
             ]
         )
@@ -208,7 +225,9 @@ def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, int], dict[
         from speech_llm.responders import SpeechResponder
         from speech_llm.training.loop import feature_root
 
-        features = FeatureStore(feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s)
+        features = FeatureStore(
+            feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s
+        )
         responder = SpeechResponder(
             model, processor, features, recipe.eval.json_probe.max_new_tokens, recipe.eval.batch_tokens
         )
@@ -218,7 +237,8 @@ def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, int], dict[
             texts = responder.respond(probe.text_conversations())
             text_results.update(texts=texts, scores=probe.score(texts))
         write_jsonl(
-            run_dir / "train" / "probes" / f"json-{epoch:02d}.jsonl", probe.rows(answers, text_results["texts"])
+            run_dir / "train" / "probes" / f"json-{epoch:02d}.jsonl",
+            probe.rows(answers, text_results["texts"]),
         )
         return {
             "audio": probe.score(answers),
@@ -246,7 +266,9 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
     base: tuple[Any, Any] | None = None
     for name in settings.models:
         if name == "speech_llm":
-            responder: Any = load_speech_model(run_dir / "model", settings.max_new_tokens, settings.batch_tokens)
+            responder: Any = load_speech_model(
+                run_dir / "model", settings.max_new_tokens, settings.batch_tokens
+            )
         else:
             base = base or load_llm(recipe.model.llm)
             responder = TextResponder(
@@ -256,7 +278,9 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
                 max_new_tokens=settings.max_new_tokens,
                 batch_tokens=settings.batch_tokens,
             )
-        results[name] = evaluate(responder, tasks, out / name, limit=settings.limits.get(name, settings.limit), progress=progress)
+        results[name] = evaluate(
+            responder, tasks, out / name, limit=settings.limits.get(name, settings.limit), progress=progress
+        )
         if name in ("ceiling", "teacher") and probe.items:
             base_probe[name] = probe.score(responder.respond(probe.conversations()))
     probes = [
@@ -269,4 +293,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
     if training.exists():
         summary["training"] = read_json(training)
     write_json(run_dir / "results.json", summary)
-    return {"tasks": len(tasks), "instances": sum(len(task.instances) for task in tasks), "models": list(results)}
+    return {
+        "tasks": len(tasks),
+        "instances": sum(len(task.instances) for task in tasks),
+        "models": list(results),
+    }

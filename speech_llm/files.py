@@ -20,7 +20,9 @@ from speech_llm.errors import UserError
 def explain_os_error(error: OSError, path: Path) -> UserError:
     """The sentence for a failed write or read: a full disk is named as such."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: the disk is full; free some space and run the same command again (finished work is kept)")
+        return UserError(
+            f"{path}: the disk is full; free some space and run the same command again (finished work is kept)"
+        )
     return UserError(f"{path}: {error.strerror or error}")
 
 

@@ -75,7 +75,15 @@ def generate(
     for batch in _batches(order, prompts, max_new_tokens, batch_tokens):
         rows = [prompts[i] for i in batch]
         for row, ids in _generate_batch(
-            llm, rows, shared, prefix, set(stop_ids), max_new_tokens, temperature, top_p, [seed + i for i in batch]
+            llm,
+            rows,
+            shared,
+            prefix,
+            set(stop_ids),
+            max_new_tokens,
+            temperature,
+            top_p,
+            [seed + i for i in batch],
         ):
             answers[batch[row]] = ids
             if on_done is not None:
@@ -151,7 +159,9 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        chosen = _choose(logits, temperature, top_p, None if generators is None else [generators[r] for r in alive])
+        chosen = _choose(
+            logits, temperature, top_p, None if generators is None else [generators[r] for r in alive]
+        )
         keep = []
         for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
             if token not in stop_ids:
@@ -173,7 +183,9 @@ def _generate_batch(
     return finished
 
 
-def _choose(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator] | None) -> Tensor:
+def _choose(
+    logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator] | None
+) -> Tensor:
     """Next token (rows,): the most likely, or a nucleus sample with each row's own generator."""
     if temperature <= 0 or generators is None:
         return logits.argmax(-1)
@@ -227,7 +239,12 @@ def answer_chats(
                 on_answer(group[place], text, len(ids) + 1)
 
         generate(
-            llm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, on_done=done
+            llm,
+            prompts,
+            stop_ids=stop_ids,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            on_done=done,
         )
     return [answered[first_of[key]] for key in keys]
 

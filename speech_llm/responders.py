@@ -31,7 +31,9 @@ OnAnswer = Callable[[int, str], None]
 class Responder(Protocol):
     """What `eval` needs of a model."""
 
-    def respond(self, conversations: Sequence[list[Message]], on_answer: OnAnswer | None = None) -> list[str]: ...
+    def respond(
+        self, conversations: Sequence[list[Message]], on_answer: OnAnswer | None = None
+    ) -> list[str]: ...
 
 
 class TextResponder:
@@ -121,7 +123,9 @@ class SpeechResponder:
         first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
         answered: dict[int, str] = {}
         for has_audio in (True, False):
-            chosen = [i for i in sorted(first_of.values()) if bool(audio_parts(conversations[i])) == has_audio]
+            chosen = [
+                i for i in sorted(first_of.values()) if bool(audio_parts(conversations[i])) == has_audio
+            ]
             # Embedding the sounds of a few hundred conversations at a time bounds the memory they take.
             for start in range(0, len(chosen), 256):
                 window = chosen[start : start + 256]
@@ -195,13 +199,17 @@ def transcribe(paths: Sequence[str], asr: str | None = None) -> list[str]:
     if new:
         describer = _transcribers.setdefault(asr, TranscriptDescriber(asr))
         sounds = [load_audio(path) for path in new]
-        clips = [Clip(path, Path(path), len(x) / SAMPLE_RATE_HZ, x) for path, x in zip(new, sounds, strict=True)]
+        clips = [
+            Clip(path, Path(path), len(x) / SAMPLE_RATE_HZ, x) for path, x in zip(new, sounds, strict=True)
+        ]
         for path, heard in zip(new, describer.describe(clips), strict=True):
             _transcripts[asr, path] = heard["transcript"].value if "transcript" in heard else ""
     return [_transcripts[asr, path] for path in paths]
 
 
-def load_responder(model: str, max_new_tokens: int = 128, batch_tokens: int = 4096, lora_scale: float | None = None) -> Responder:
+def load_responder(
+    model: str, max_new_tokens: int = 128, batch_tokens: int = 4096, lora_scale: float | None = None
+) -> Responder:
     """The responder for a model's name as the command line takes it; see the head of this file."""
     from speech_llm.assets import load_llm
 
@@ -220,7 +228,10 @@ def load_responder(model: str, max_new_tokens: int = 128, batch_tokens: int = 40
 
 
 def load_speech_model(
-    reference: str | Path, max_new_tokens: int = 128, batch_tokens: int = 4096, dtype: torch.dtype | None = None
+    reference: str | Path,
+    max_new_tokens: int = 128,
+    batch_tokens: int = 4096,
+    dtype: torch.dtype | None = None,
 ) -> SpeechResponder:
     """A trained checkpoint as a responder."""
     from speech_llm.assets import cache_dir, resolve
@@ -229,7 +240,9 @@ def load_speech_model(
 
     folder = resolve(str(reference))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SpeechLLMForConditionalGeneration.from_pretrained(folder, dtype=dtype or choose_dtype("auto", device))
+    model = SpeechLLMForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype or choose_dtype("auto", device)
+    )
     processor = SpeechLLMProcessor.from_pretrained(folder)
     model.to(device).eval()
     features = FeatureStore(cache_dir() / "features", model, processor, model.config.encoding)

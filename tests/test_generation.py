@@ -19,13 +19,17 @@ def llm() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-PROMPTS = [[5, 6, 7, *tail] for tail in ([8], [9, 10, 11, 12], [13, 14], [15, 16, 17, 18, 19, 20, 21], [22, 23])]
+PROMPTS = [
+    [5, 6, 7, *tail] for tail in ([8], [9, 10, 11, 12], [13, 14], [15, 16, 17, 18, 19, 20, 21], [22, 23])
+]
 
 
 def test_greedy_answers_equal_the_library_one_by_one(llm: LlamaForCausalLM) -> None:
     got = generate(llm, [Prompt(ids) for ids in PROMPTS], stop_ids=[2], max_new_tokens=12, batch_tokens=64)
     for ids, answer in zip(PROMPTS, got, strict=True):
-        out = llm.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False)
+        out = llm.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False
+        )
         want = out[0, len(ids) :].tolist()
         assert answer == (want[: want.index(2)] if 2 in want else want)
 

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from speech_llm.training.losses import alignment_loss, all_finite, cross_entropy_sum
 from speech_llm.training.loop import learning_rate_at
+from speech_llm.training.losses import alignment_loss, all_finite, cross_entropy_sum
 
 
 def test_cross_entropy_is_the_sum_over_answer_tokens() -> None:

@@ -147,11 +147,11 @@ def test_only_turns_to_be_learned_have_spans() -> None:
     assert decoded(made, made.render(messages, frame_counts=[9])) == ["Yes.<|im_end|>"]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    "template", [name for name in TEMPLATES if name != "spaced"]
+)  # that one writes no prompt
 def test_the_prompt_to_answer_is_what_stands_before_the_answer_in_training(template: str) -> None:
     """What is learned at a position is asked for at that position."""
-    if template == "spaced":
-        pytest.skip("this template writes no prompt")
     made = processor(TEMPLATES[template])
     question = [say(sound(), "Who?")]
     trained = made.render([*question, answer("A man.")], frame_counts=[9])

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ def feature_key(model: SpeechLLMForConditionalGeneration, encoding: str) -> str:
     config = model.config
     encoder = config.encoder_config
     parts = {
-        "config": {k: encoder.to_dict().get(k) for k in ("model_type", "d_model", "hidden_size", "encoder_layers")},
+        "config": {
+            k: encoder.to_dict().get(k) for k in ("model_type", "d_model", "hidden_size", "encoder_layers")
+        },
         "weights": _weights_fingerprint(model.encoder),
         "taps": list(config.taps),
         "encoding": encoding,
@@ -95,14 +98,14 @@ class FeatureStore:
             try:
                 if not self.entry(path).exists():
                     wanted.append(path)
-            except OSError as error:
+            except OSError as error:  # noqa: PERF203 (one unreadable file must not end the loop)
                 self.rejects[path] = f"cannot be read ({error.strerror})"
         found = len(self._entry) - len(wanted)
         bar = tqdm(total=len(wanted), desc="encode clips", unit="clip", disable=not progress or not wanted)
         with bar, concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
             for start in range(0, len(wanted), 256):
                 window = wanted[start : start + 256]
-                groups: dict[int, list[tuple[str, object]]] = {}
+                groups: dict[int, list[tuple[str, tuple[np.ndarray, int]]]] = {}
                 for path, samples in zip(window, pool.map(self._decode, window), strict=True):
                     if samples is None:
                         bar.update()
@@ -115,10 +118,8 @@ class FeatureStore:
                         bar.update(len(batch))
         return {"stored": len(wanted) - len(self.rejects), "found": found, "rejected": len(self.rejects)}
 
-    def _decode(self, path: str) -> tuple[object, int] | None:
+    def _decode(self, path: str) -> tuple[np.ndarray, int] | None:
         """Samples padded to the quantum, and the clip's real sample count; None (and a reject) when unreadable."""
-        import numpy as np
-
         rate = self.processor.sample_rate_hz
         try:
             samples = load_audio(path, rate)
@@ -137,7 +138,7 @@ class FeatureStore:
         return np.pad(samples, (0, padded - len(samples))), len(samples)
 
     @torch.inference_mode()
-    def _encode(self, paths: list[str], clips: list[tuple[object, int]]) -> None:
+    def _encode(self, paths: list[str], clips: list[tuple[np.ndarray, int]]) -> None:
         features = self.processor.mel_features([samples for samples, _ in clips])
         device = next(self.model.encoder.parameters()).device
         encoded, _ = self.model.encode_audio(
@@ -149,7 +150,9 @@ class FeatureStore:
 
     def _save(self, entry: Path, features: Tensor) -> None:
         if not torch.isfinite(features).all():
-            raise UserError(f"{entry}: the encoder's output does not fit float16; use another layer than those in model.taps")
+            raise UserError(
+                f"{entry}: the encoder's output does not fit float16; use another layer than those in model.taps"
+            )
         aside = entry.with_name(f".{entry.name}.{os.getpid()}.part")
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)

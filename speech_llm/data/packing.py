@@ -52,7 +52,9 @@ def constant_prefix(rows: list[Row], audio_token_id: int) -> list[int]:
     length = min(min((span[0] for span in row.spans), default=len(row.ids)) for row in rows)
     first = rows[0].ids
     for row in rows:
-        length = next((i for i in range(length) if row.ids[i] != first[i] or row.ids[i] == audio_token_id), length)
+        length = next(
+            (i for i in range(length) if row.ids[i] != first[i] or row.ids[i] == audio_token_id), length
+        )
     # The prefix's last token must not be the one that predicts the first answer token.
     return first[: max(0, min(length, min(span[0] for row in rows for span in row.spans) - 1))]
 

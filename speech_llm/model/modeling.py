@@ -25,9 +25,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speech_llm.errors import UserError
 from speech_llm.files import explain_os_error
-from speech_llm.model.configuration import SpeechLLMConfig, fingerprint
+from speech_llm.model.configuration import SpeechLLMConfig
 from speech_llm.model.connectors import calibrate, make_connector
 from speech_llm.model.encoding import check_encoder, encode
+from speech_llm.model.frozen import (
+    check_llm,
+    check_same,
+    checkpoint_folder,
+    portable_config,
+    ready_encoder,
+    ready_llm,
+)
 from speech_llm.model.trainable import AdapterGate, add_lora, set_lora_scale
 
 WEIGHTS_NAME = "model.safetensors"
@@ -46,7 +54,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
     def __init__(self, config: SpeechLLMConfig, encoder: nn.Module, llm: PreTrainedModel) -> None:
         super().__init__(config)
         check_encoder(encoder, config.encoder or "the encoder")
-        _check_llm(llm, config.llm or "the LLM")
+        check_llm(llm, config.llm or "the LLM")
         self.encoder = encoder.requires_grad_(False).eval()
         self.llm = llm.requires_grad_(False)
         self.connector: Any = make_connector(config)
@@ -78,13 +86,13 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         parts when they are loaded here; what is trained is float32. A ready module's reference defaults to the place it
         was loaded from.
         """
-        llm_module, llm_name = _load_llm(llm, dtype)
-        encoder_module, encoder_name = _load_encoder(encoder, dtype)
+        llm_module, llm_name = ready_llm(llm, dtype)
+        encoder_module, encoder_name = ready_encoder(encoder, dtype)
         config = SpeechLLMConfig(
             llm=llm_reference or llm_name,
             encoder=encoder_reference or encoder_name,
-            llm_config=_portable(llm_module.config),
-            encoder_config=_portable(encoder_module.config),
+            llm_config=portable_config(llm_module.config),
+            encoder_config=portable_config(encoder_module.config),
             **settings,
         )
         return cls(config, encoder_module, llm_module)
@@ -107,21 +115,21 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         `use_llm`, `use_encoder`: other references or ready modules to use instead. Raises `UserError` when a frozen part is not the
         one that the checkpoint was trained with, or the folder is not a checkpoint.
         """
-        path = _folder(folder)
+        path = checkpoint_folder(folder)
         if config is None:
             if not (path / "config.json").exists():
                 raise UserError(f"{path}: there is no config.json, so this is not a saved speech LLM")
             config = SpeechLLMConfig.from_pretrained(path)
         if isinstance(dtype, str):
             dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        llm_module, llm_name = _load_llm(
+        llm_module, llm_name = ready_llm(
             use_llm if use_llm is not None else config.llm, dtype or torch.float32
         )
-        _check_same(path, "LLM", config.llm, config.llm_config, llm_name, llm_module.config)
-        encoder_module, encoder_name = _load_encoder(
+        check_same(path, "LLM", config.llm, config.llm_config, llm_name, llm_module.config)
+        encoder_module, encoder_name = ready_encoder(
             use_encoder if use_encoder is not None else config.encoder, dtype or torch.float32
         )
-        _check_same(
+        check_same(
             path, "encoder", config.encoder, config.encoder_config, encoder_name, encoder_module.config
         )
         model = cls(config, encoder_module, llm_module)
@@ -474,63 +482,6 @@ def _positions(mask: Tensor | None, length: int) -> Tensor | None:
     if mask is None or mask.dim() != 2 or bool((mask != 0).all()):
         return None
     return ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, -length:]
-
-
-def _portable(config: Any) -> dict[str, Any]:
-    """A part's config without the place on this machine that it was read from."""
-    settings = config.to_dict()
-    settings.pop("_name_or_path", None)
-    return settings
-
-
-def _folder(reference: str | os.PathLike[str]) -> Path:
-    path = Path(reference)
-    if path.is_dir():
-        return path
-    from speech_llm.assets import resolve
-
-    return Path(resolve(str(reference)))
-
-
-def _load_llm(llm: str | PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
-    if isinstance(llm, str):
-        from speech_llm.assets import load_llm
-
-        return load_llm(llm, dtype=dtype)[0], llm
-    return llm, llm.config.name_or_path or ""
-
-
-def _load_encoder(encoder: str | nn.Module, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    if isinstance(encoder, str):
-        from speech_llm.assets import load_encoder
-
-        return load_encoder(encoder, dtype=dtype)[0], encoder
-    config: Any = encoder.config
-    return encoder, config.name_or_path or ""
-
-
-def _check_llm(llm: PreTrainedModel, reference: str) -> None:
-    """Raise a `UserError` unless this is a causal LLM that reads embeddings."""
-    decoder_only = not getattr(llm.config, "is_encoder_decoder", False)
-    if not decoder_only or llm.get_output_embeddings() is None:
-        raise UserError(
-            f"{reference} is a {llm.config.model_type} model that does not continue text; use a decoder-only LLM (Llama, Qwen, Gemma, Phi, ...)"
-        )
-
-
-def _check_same(folder: Path, part: str, trained_with: str, saved: Any, given: str, found: Any) -> None:
-    """A checkpoint of another LLM or encoder is a `UserError` that names both."""
-    wanted, have = fingerprint(saved), fingerprint(found)
-    if wanted != have:
-        raise UserError(
-            f"{folder}: this checkpoint was trained with the {part} {_name(trained_with, wanted)}, "
-            f"but {_name(given, have)} was given; give the {part} that it was trained with"
-        )
-
-
-def _name(reference: str, shape: dict[str, Any]) -> str:
-    described = ", ".join(f"{key} {value}" for key, value in shape.items() if value is not None)
-    return f"{reference or 'without a name'} ({described})"
 
 
 def _first(names: list[str]) -> str:

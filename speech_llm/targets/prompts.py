@@ -40,7 +40,9 @@ class PoolPrompt:
         for name, value in attributes.items():
             text = str(value)
             fields[name] = text
-            fields[f"a_{name}"] = fields[f"an_{name}"] = f"{'an' if text[:1].lower() in 'aeiou' else 'a'} {text}"
+            fields[f"a_{name}"] = fields[f"an_{name}"] = (
+                f"{'an' if text[:1].lower() in 'aeiou' else 'a'} {text}"
+            )
         return (self.example or "").format_map(fields)
 
     def example_fields(self) -> set[str]:

@@ -53,7 +53,9 @@ class Questioner:
         self.clips = list(clips)
         self._examples: dict[str, list[dict[str, Any]]] = {}
 
-    def question(self, attributes: dict[str, Any], prompt: PoolPrompt, clip_id: str, attempt: int = 0) -> Question:
+    def question(
+        self, attributes: dict[str, Any], prompt: PoolPrompt, clip_id: str, attempt: int = 0
+    ) -> Question:
         """The question about one clip; each attempt shows another worked example."""
         context = compose(context_attributes(attributes, prompt), self.form)
         example = None
@@ -80,7 +82,8 @@ class Questioner:
             choices = [name for name in prompt.asks if name != "transcript"]
             for _ in range(min(EXAMPLES_PER_PROMPT, len(able))):
                 best = min(
-                    able[:200], key=lambda clip: sum(used[name, str(clip["attributes"][name])] for name in choices)
+                    able[:200],
+                    key=lambda clip: sum(used[name, str(clip["attributes"][name])] for name in choices),
                 )
                 able.remove(best)
                 chosen.append(best)
@@ -168,14 +171,17 @@ def self_targets(
     out_dir.mkdir(parents=True, exist_ok=True)
     with JsonlAppender(out_dir / "journal.jsonl") as journal:
         for row in journal.rows:
-            example = tuple(row["example"]) if row["example"] else None
-            teacher.answered[Question(row["context"], row["question"], example)] = row["answer"]  # type: ignore[arg-type]
+            shown = tuple(row["example"]) if row["example"] else None
+            teacher.answered[Question(row["context"], row["question"], shown)] = row["answer"]
         for attempt in range(attempts):
             questions = [
-                questioner.question(clip["attributes"], prompt, clip["id"], attempt) for clip, prompt in waiting
+                questioner.question(clip["attributes"], prompt, clip["id"], attempt)
+                for clip, prompt in waiting
             ]
             todo = set(questions) - set(teacher.answered)
-            with tqdm(total=len(todo), desc=f"targets, try {attempt + 1}", unit="answer", disable=not progress) as bar:
+            with tqdm(
+                total=len(todo), desc=f"targets, try {attempt + 1}", unit="answer", disable=not progress
+            ) as bar:
 
                 def done(question: Question, answer: str, bar: tqdm = bar) -> None:
                     journal.append(
@@ -226,7 +232,12 @@ def self_targets(
 
 
 def _example(
-    clip: dict[str, Any], prompt: PoolPrompt, question: Question, answer: str, attempt: int, source: dict[str, Any]
+    clip: dict[str, Any],
+    prompt: PoolPrompt,
+    question: Question,
+    answer: str,
+    attempt: int,
+    source: dict[str, Any],
 ) -> Example:
     audio: dict[str, Any] = {"path": clip["audio"]}
     if clip["attributes"].get("transcript"):

@@ -27,18 +27,24 @@ from speech_llm.training.losses import alignment_loss
 class Slots:
     """Which word each of the connector's vectors is drawn to, for a clip's attributes."""
 
-    def __init__(self, clips: Sequence[dict[str, Any]], tokenizer: Any, vectors: int, use: Sequence[str]) -> None:
+    def __init__(
+        self, clips: Sequence[dict[str, Any]], tokenizer: Any, vectors: int, use: Sequence[str]
+    ) -> None:
         options = closed_options([clip["attributes"] for clip in clips])
         self.attributes = [name for name in use if name in options][:vectors]
         self.per_attribute = max(1, vectors // max(1, len(self.attributes)))
         ids: dict[str, dict[str, list[int]]] = {
             name: {
-                value: tokenizer(f" {display(name, value)}", add_special_tokens=False)["input_ids"][: self.per_attribute]
+                value: tokenizer(f" {display(name, value)}", add_special_tokens=False)["input_ids"][
+                    : self.per_attribute
+                ]
                 for value in options[name]
             }
             for name in self.attributes
         }
-        self.words = sorted({token for values in ids.values() for tokens in values.values() for token in tokens})
+        self.words = sorted(
+            {token for values in ids.values() for tokens in values.values() for token in tokens}
+        )
         place = {token: i for i, token in enumerate(self.words)}
         self._targets = {
             name: {value: [place[token] for token in tokens] for value, tokens in values.items()}
@@ -111,9 +117,10 @@ def align(
                 optimizer.step()
                 losses.append(float(loss.detach()))
                 with torch.no_grad():
-                    near = torch.nn.functional.normalize(vectors.float(), dim=-1) @ torch.nn.functional.normalize(
-                        table[words].float(), dim=-1
-                    ).T
+                    near = (
+                        torch.nn.functional.normalize(vectors.float(), dim=-1)
+                        @ torch.nn.functional.normalize(table[words].float(), dim=-1).T
+                    )
                     hit = near.argmax(-1) == wanted
                     hits += int(hit[wanted != -100].sum())
                     counted += int((wanted != -100).sum())
@@ -122,5 +129,17 @@ def align(
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
             mean_loss = sum(losses) / len(losses)
             if log is not None:
-                log({"phase": "align", "epoch": epoch + 1, "loss": round(mean_loss, 4), "named": round(hits / counted, 4)})
-    return {"epochs": epochs, "loss": round(mean_loss, 4), "named": round(hits / max(1, counted), 4), "attributes": slots.attributes}
+                log(
+                    {
+                        "phase": "align",
+                        "epoch": epoch + 1,
+                        "loss": round(mean_loss, 4),
+                        "named": round(hits / counted, 4),
+                    }
+                )
+    return {
+        "epochs": epochs,
+        "loss": round(mean_loss, 4),
+        "named": round(hits / max(1, counted), 4),
+        "attributes": slots.attributes,
+    }

@@ -34,7 +34,9 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, aside / "trained.safetensors")
+        safetensors.torch.save_file(
+            {k: v.detach().cpu().contiguous() for k, v in weights.items()}, aside / "trained.safetensors"
+        )
         safetensors.torch.save_file(_optimizer_tensors(optimizer, names), aside / "optimizer.safetensors")
         safetensors.torch.save_file({"torch": torch.get_rng_state()}, aside / "random.safetensors")
         write_json(aside / "state.json", {"step": step, **state})
@@ -43,7 +45,9 @@ def save_checkpoint(
     except OSError as error:
         raise explain_os_error(error, target) from error
     except safetensors.SafetensorError as error:
-        raise UserError(f"{target}: the checkpoint could not be written ({error}); is the disk full?") from error
+        raise UserError(
+            f"{target}: the checkpoint could not be written ({error}); is the disk full?"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in sorted(folder.glob("step-*"))[: -max(1, keep)]:
@@ -57,12 +61,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(
+    path: Path, optimizer: torch.optim.Optimizer, names: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Restore optimiser and random state; returns the trained weights and the saved state."""
     tensors = safetensors.torch.load_file(path / "optimizer.safetensors")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, parameter in zip(names, parameters, strict=True):
-        entry = {key.rsplit("|", 1)[1]: value for key, value in tensors.items() if key.rsplit("|", 1)[0] == name}
+        entry = {
+            key.rsplit("|", 1)[1]: value for key, value in tensors.items() if key.rsplit("|", 1)[0] == name
+        }
         if entry:
             optimizer.state[parameter] = {
                 key: value.to(parameter.device) if value.dim() else value for key, value in entry.items()

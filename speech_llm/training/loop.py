@@ -26,7 +26,16 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from speech_llm.data.features import FeatureStore, stack_features
-from speech_llm.data.packing import IGNORE, Pack, PackBatch, Row, collate, constant_prefix, pack_rows, plan_epoch
+from speech_llm.data.packing import (
+    IGNORE,
+    Pack,
+    PackBatch,
+    Row,
+    collate,
+    constant_prefix,
+    pack_rows,
+    plan_epoch,
+)
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, read_examples
 from speech_llm.files import JsonlAppender, write_json, write_jsonl
@@ -50,7 +59,12 @@ class TrainingSet:
 
 
 def build_training_set(
-    examples: list[Example], processor: Any, features: FeatureStore, max_tokens: int, use_prefix: bool, progress: bool
+    examples: list[Example],
+    processor: Any,
+    features: FeatureStore,
+    max_tokens: int,
+    use_prefix: bool,
+    progress: bool,
 ) -> TrainingSet:
     """Render every Example and pack the rows of each clip; rows that cannot be used are rejected with a reason."""
     paths = [part["path"] for example in examples for part in example.audio_parts()]
@@ -71,7 +85,10 @@ def build_training_set(
             rejects.append({"id": example.id, "reason": "no assistant turn to learn"})
         elif len(rendered.input_ids) > max_tokens:
             rejects.append(
-                {"id": example.id, "reason": f"{len(rendered.input_ids)} tokens; over {max_tokens} is left out, never cut"}
+                {
+                    "id": example.id,
+                    "reason": f"{len(rendered.input_ids)} tokens; over {max_tokens} is left out, never cut",
+                }
             )
         else:
             rows.append(Row(example.id, list(rendered.input_ids), list(rendered.answer_spans), clips))
@@ -115,7 +132,12 @@ def prefix_cache(model: Any, ids: list[int], device: torch.device) -> DynamicCac
         return None
     with torch.no_grad():
         cache = DynamicCache(config=model.llm.config)
-        model.llm(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model.llm(
+            input_ids=torch.tensor([ids], device=device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     return cache
 
 
@@ -174,7 +196,9 @@ def train(
         lr=settings.lr,
         betas=(0.9, 0.98),
     )
-    plan = [plan_epoch(data.packs, settings.batch_tokens, recipe.seed, epoch) for epoch in range(settings.epochs)]
+    plan = [
+        plan_epoch(data.packs, settings.batch_tokens, recipe.seed, epoch) for epoch in range(settings.epochs)
+    ]
     per_step = settings.accumulate * accelerator.num_processes
     steps = [
         (epoch, batches[start : start + per_step])
@@ -227,7 +251,13 @@ def train(
     def checkpoint(step: int) -> None:
         if main:
             save_checkpoint(
-                checkpoints, step, model.trained_state_dict(), optimizer, names, {**state, "log_rows": logged}, settings.keep
+                checkpoints,
+                step,
+                model.trained_state_dict(),
+                optimizer,
+                names,
+                {**state, "log_rows": logged},
+                settings.keep,
             )
 
     started = time.perf_counter()

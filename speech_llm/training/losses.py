@@ -20,7 +20,9 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def alignment_loss(vectors: Tensor, words: Tensor, targets: Tensor, table: Tensor, temperature: float = 0.07) -> Tensor:
+def alignment_loss(
+    vectors: Tensor, words: Tensor, targets: Tensor, table: Tensor, temperature: float = 0.07
+) -> Tensor:
     r"""Mean over slots of $-\log\mathrm{softmax}_w(\cos(v, e_w)/\tau)[\text{target}]$ plus a pull to the word's own place.
 
     The warm-up of the connector: vector `v` in a slot shall lie where the frozen LLM keeps the word that describes the
