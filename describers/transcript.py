@@ -41,7 +41,7 @@ class TranscriptDescriber:
     attributes: tuple[str, ...] = ("transcript", "segments")
 
     def __init__(
-        self, asr: str, batch_size: int = 16, padded: bool = False, device: str | None = None
+        self, asr: str, batch_size: int = 48, padded: bool = False, device: str | None = None
     ) -> None:
         self.asr, self.batch_size, self.padded = asr, batch_size, padded
         self._device = device

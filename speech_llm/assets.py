@@ -257,6 +257,9 @@ def load_encoder(reference: str, dtype: torch.dtype | None = None) -> tuple[torc
 
 @contextmanager
 def _loading(reference: str) -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one per file of weights, in the midst of our own
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

@@ -1,0 +1,196 @@
+"""Reading answers by rule, scoring, statistics, and the resumable runner: pairs of what was said and what it means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.json_probe import score_json, summarise_json
+from eval.matching import match_option, spoken_words
+from eval.runner import evaluate, score_answer, score_responses
+from eval.stats import bootstrap_ratio, chance, majority, mcnemar, wilson_interval
+from eval.tasks import Instance, Task, load_tasks, write_task
+from speech_llm.errors import UserError
+from speech_llm.files import read_jsonl, write_jsonl
+
+GENDER = ["female", "male"]
+SYNONYMS = {"female": ["woman", "girl"], "male": ["man", "boy"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "value", "reason"),
+    [
+        ("The speaker is female.", "female", "ok"),
+        ("MALE", "male", "ok"),
+        ("It is a woman's voice.", "female", "ok"),
+        ("The voice is **male**.", "male", "ok"),
+        ("not a female, a male", "male", "ok"),
+        ("It isn't really male.", None, "negated"),
+        ("male or female", None, "several"),
+        ("I cannot hear audio.", None, "refused"),
+        ("Hello there", None, "none"),
+        ("", None, "none"),
+        ("She speaks slowly.", "female", "ok"),
+        ('A male voice says: "The woman left."', "male", "ok"),
+        ('"female"', "female", "ok"),
+        ('{"answer": "male"}', "male", "ok"),
+        ("A man says that he lost her keys", "male", "ok"),
+    ],
+)
+def test_an_answer_names_one_option_or_none(answer: str, value: str | None, reason: str) -> None:
+    match = match_option(answer, GENDER, SYNONYMS)
+    assert (match.value, match.reason) == (value, reason)
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("New Zealand English", "New Zealand"),
+        ("an American or a British accent", None),
+        ("no Scottish accent", None),
+    ],
+)
+def test_a_longer_option_wins_over_one_inside_it(answer: str, value: str | None) -> None:
+    assert match_option(answer, ["American", "British", "Scottish", "New Zealand", "Zealand"]).value == value
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ('The speaker says: "We read the newspaper."', "We read the newspaper."),
+        ("The words are: we lost the keys", "we lost the keys"),
+        ('He says "half a sentence', "half a sentence"),
+        ("just the words", "just the words"),
+    ],
+)
+def test_spoken_words_are_what_is_quoted_or_follows(answer: str, words: str) -> None:
+    assert spoken_words(answer) == words
+
+
+def an_instance(number: int, label: str = "male", metric: str = "option") -> Instance:
+    return Instance(
+        f"i{number}",
+        [{"role": "user", "content": f"question {number}"}],
+        label,
+        "gender",
+        metric,
+        GENDER if metric == "option" else None,
+        SYNONYMS if metric == "option" else None,
+        seen=number % 2 == 0,
+    )
+
+
+def test_word_errors_are_counted_against_the_label() -> None:
+    instance = an_instance(0, "We read the newspaper", "wer")
+    assert score_answer(instance, 'They say: "we read a newspaper."')["errors"] == 1
+    assert score_answer(instance, "")["errors"] == 4
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
+)
+def test_wilson_interval_matches_published_values(right: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(right, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_small_statistics() -> None:
+    assert chance(["a", "b", "c", "d"]) == 0.25
+    assert majority(["a", "a", "b"]) == pytest.approx(2 / 3)
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(10, 0) == pytest.approx(2 / 1024)
+    low, high = bootstrap_ratio([1, 0, 2, 1] * 20, [5, 5, 5, 5] * 20)
+    assert low < 0.2 < high
+
+
+SCHEMA = {"type": "object", "required": ["answer"], "properties": {"answer": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "levels"),
+    [
+        ('{"answer": "male"}', (True, True, True, True)),
+        ('{"answer": "female"}', (True, True, True, False)),
+        ('{"gender": "male"}', (True, True, False, False)),
+        ('```json\n{"answer": "male"}\n```', (False, True, True, True)),
+        ('{"answer": "male"', (False, True, True, True)),
+        ("{'answer': 'male',}", (False, True, True, True)),
+        ("The answer is male.", (False, False, False, False)),
+        ('["male"]', (False, False, False, False)),
+    ],
+)
+def test_json_answers_fail_at_the_level_where_they_fail(answer: str, levels: tuple[bool, ...]) -> None:
+    score = score_json(answer, SCHEMA, label="male", options=GENDER, synonyms=SYNONYMS)
+    assert (score.strict, score.repaired, score.keys, score.answer) == levels
+    assert summarise_json([score])["answer"] == float(levels[3])
+
+
+class Echo:
+    """Answers "male" to everything; stops after `limit` answers as a killed process would."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.asked = limit, 0
+
+    def respond(
+        self, conversations: Sequence[Any], on_answer: Callable[[int, str], None] | None = None
+    ) -> list[str]:
+        for place in range(len(conversations)):
+            if self.limit is not None and place == self.limit:
+                raise KeyboardInterrupt
+            self.asked += 1
+            if on_answer is not None:
+                on_answer(place, "It is a male voice.")
+        return ["It is a male voice."] * len(conversations)
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_left(tmp_path: Path) -> None:
+    task = Task("gender", "test", [an_instance(i, GENDER[i % 4 == 0]) for i in range(8)])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Echo(limit=3), [task], tmp_path, progress=False)
+    rest = Echo()
+    results = evaluate(rest, [task], tmp_path, progress=False)
+    assert rest.asked == 5
+    assert results["gender"]["n"] == 8
+    assert results["gender"]["accuracy"] == 0.25
+    assert results["gender"]["seen"]["accuracy"] == 0.5
+    assert results["gender"]["unseen"]["accuracy"] == 0.0
+    assert results["gender"]["majority"] == 0.75
+    rows = [row for _, row in read_jsonl(tmp_path / "predictions.jsonl")]
+    assert [row["id"] for row in rows] == [f"i{i}" for i in range(8)]
+
+
+def test_saved_outputs_are_scored_by_id_and_missing_ones_are_wrong(tmp_path: Path) -> None:
+    task = Task("gender", "test", [an_instance(i) for i in range(4)])
+    write_jsonl(
+        tmp_path / "said.jsonl",
+        [
+            {"id": "i2", "response": "male"},
+            {"id": "i0", "response": "female"},
+            {"id": "i9", "response": "male"},
+            {"id": "i1"},
+        ],
+    )
+    result = score_responses([task], tmp_path / "said.jsonl", tmp_path / "out")["gender"]
+    assert (result["accuracy"], result["n"], result["missing"]) == (0.25, 4, 2)
+    reasons = [row["reason"] for _, row in read_jsonl(tmp_path / "out" / "rejects.jsonl")]
+    assert len(reasons) == 2
+    assert any("'i9' is not in the task" in reason for reason in reasons)
+
+
+def test_tasks_survive_the_file_and_bad_lines_are_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    write_task(Task("gender", "test", [an_instance(0), an_instance(1)]), path)
+    with path.open("a") as handle:
+        handle.write("not json\n")
+        handle.write(
+            json.dumps({"messages": [{"role": "user", "content": "?"}], "options": GENDER, "label": "x"})
+            + "\n"
+        )
+    (task,) = load_tasks(f"jsonl:{path}")
+    assert [item.id for item in task.instances] == ["i0", "i1"]
+    assert [row["line"] for row in task.rejects] == [3, 4]
+    with pytest.raises(UserError, match=r"unknown task 'json:x'.*jsonl"):
+        load_tasks("json:x")
