@@ -26,8 +26,8 @@ from speech_llm.targets.verify import closed_options, options_synonyms
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
 
-# Asked by the JSON probe. None of these wordings is in a training pool.
-JSON_PROMPT = 'Look at the {name} of the speaker. Reply only with JSON that has the key "answer".'
+# Asked by the JSON probe.
+JSON_PROMPT = 'Tell me the {name} of the speaker. Answer in JSON with the key "answer".'
 
 
 def build_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:

@@ -1,0 +1,179 @@
+"""Targets: pools are checked, answers verified, failures asked again, and a killed stage goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speech_llm.errors import UserError
+from speech_llm.files import read_jsonl
+from speech_llm.targets.prompts import PoolPrompt, load_pool
+from speech_llm.targets.run import Questioner, choose_prompts, context_attributes, self_targets
+from speech_llm.targets.teacher import Question
+from speech_llm.targets.verify import closed_options, verdict
+
+OPTIONS = {"gender": ["female", "male"], "accent": ["American", "British"]}
+GENDER = PoolPrompt("gender", "Man or woman?", ("gender",), "The speaker is {gender}.")
+HEAR = PoolPrompt(
+    "hear", "What can you hear?", ("gender", "transcript"), 'A {gender} speaker: "{transcript}"'
+)
+JSON = PoolPrompt("json", "In JSON?", ("gender",), '{{"answer": "{gender}"}}', {"answer": "gender"})
+CLIP = {"gender": "female", "accent": "British", "transcript": "We parked the car."}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "outcome"),
+    [
+        (GENDER, "It is a woman.", "ok"),
+        (GENDER, "It is a man.", "contradicts gender"),
+        (GENDER, "It is a speaker.", "drops gender"),
+        (GENDER, "A female or a male.", "drops gender"),
+        (GENDER, "A female with an American accent.", "contradicts accent"),
+        (GENDER, "A female with a British accent.", "ok"),
+        (GENDER, "  ", "empty"),
+        (HEAR, 'A female speaker says: "We parked the car"', "ok"),
+        (HEAR, "A female speaker parks.", "drops transcript"),
+        (JSON, '{"answer": "female"}', "ok"),
+        (JSON, '{"answer": "male"}', "contradicts gender"),
+        (JSON, '{"response": "female"}', "other JSON keys"),
+        (JSON, "female", "not JSON"),
+    ],
+)
+def test_an_answer_must_name_what_was_asked_and_contradict_nothing(
+    prompt: PoolPrompt, answer: str, outcome: str
+) -> None:
+    assert verdict(answer, prompt, CLIP, OPTIONS) == outcome
+
+
+def test_free_text_is_no_choice() -> None:
+    rows = [{"gender": g, "transcript": t, "duration": 1.0} for g, t in (("female", "a"), ("male", "b"))]
+    assert closed_options(rows) == {"gender": ["female", "male"]}
+
+
+def test_the_teacher_reads_the_words_only_where_they_are_asked_for() -> None:
+    assert "transcript" not in context_attributes(CLIP, GENDER)
+    assert context_attributes(CLIP, HEAR)["transcript"] == "We parked the car."
+
+
+def some_clips(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"c{i}",
+            "audio": f"/nowhere/c{i}.wav",
+            "attributes": {
+                **CLIP,
+                "gender": ("female", "male")[i % 2],
+                "accent": ("American", "British")[i // 2 % 2],
+            },
+        }
+        for i in range(count)
+    ]
+
+
+def test_prompts_are_dealt_evenly_and_only_where_they_can_be_answered() -> None:
+    clips = some_clips(30)
+    for clip in clips[:10]:
+        del clip["attributes"]["transcript"]
+    asked = choose_prompts(clips, [GENDER, HEAR, JSON], 2, None, seed=0)
+    assert len(asked) == 60
+    assert all("transcript" in clip["attributes"] for clip, prompt in asked if prompt.id == "hear")
+    assert asked == choose_prompts(clips, [GENDER, HEAR, JSON], 2, None, seed=0)
+    assert len({clip["id"] for clip, _ in choose_prompts(clips, [GENDER], 1, 7, seed=0)}) == 7
+
+
+class Parrot:
+    """A teacher that gets every first attempt wrong, and stops after `limit` new answers."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.answered: dict[Question, str] = {}
+        self.tokens, self.new, self.limit = 0, 0, limit
+        self.seen: list[Question] = []
+
+    def answer(
+        self, questions: Sequence[Question], on_answer: Callable[[Question, str], None] | None = None
+    ) -> list[str]:
+        for question in dict.fromkeys(questions):
+            if question in self.answered:
+                continue
+            if self.limit is not None and self.new == self.limit:
+                raise KeyboardInterrupt
+            self.new += 1
+            self.seen.append(question)
+            said = "female" if "woman" in question.context or "female" in question.context else "male"
+            first = question.example is not None and question.example[1].endswith(" female.")
+            self.answered[question] = "Hm." if first else f"The speaker is {said}."
+            if on_answer is not None:
+                on_answer(question, self.answered[question])
+        return [self.answered[question] for question in questions]
+
+
+def test_failed_answers_are_asked_again_with_another_example_and_a_killed_stage_goes_on(
+    tmp_path: Path,
+) -> None:
+    clips = some_clips(12)
+    asked = [(clip, GENDER) for clip in clips]
+    whole, out = Parrot(), tmp_path / "whole"
+    counts = self_targets(
+        whole, clips, asked, Questioner(clips, "sentence", True, 0), out, attempts=4, progress=False
+    )
+    assert counts["kept"] == 12
+    rows = [row for _, row in read_jsonl(out / "examples.jsonl")]
+    assert [row["id"] for row in rows] == [f"c{i}/gender" for i in range(12)]
+    assert {row["source"]["attempt"] for row in rows} - {0}
+    assert all(row["messages"][-1]["content"].endswith(f"{row['attributes']['gender']}.") for row in rows)
+
+    parts = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        self_targets(
+            Parrot(2), clips, asked, Questioner(clips, "sentence", True, 0), parts, attempts=4, progress=False
+        )
+    rest = Parrot()
+    self_targets(
+        rest, clips, asked, Questioner(clips, "sentence", True, 0), parts, attempts=4, progress=False
+    )
+    assert rest.new == whole.new - 2
+    assert (parts / "examples.jsonl").read_text() == (out / "examples.jsonl").read_text()
+
+
+def test_what_fails_every_attempt_is_set_aside_with_its_reason(tmp_path: Path) -> None:
+    clips = some_clips(4)
+    asked = [(clip, HEAR) for clip in clips]
+    counts = self_targets(
+        Parrot(), clips, asked, Questioner(clips, "sentence", True, 0), tmp_path, attempts=2, progress=False
+    )
+    assert (counts["kept"], counts["rejected"]) == (0, 4)
+    reasons = {row["reason"] for _, row in read_jsonl(tmp_path / "rejects.jsonl")}
+    assert reasons <= {"drops transcript", "drops gender"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompts: [{id: a, text: Hi, asks: [], exmple: x}]", r"unknown key 'exmple'.*example"),
+        ("prompts: [{id: a, text: Hi}]", "'asks' must be a list"),
+        ("prompts: [{id: a, text: Hi, asks: []}, {id: a, text: Ho, asks: []}]", "'a' is used twice"),
+        ("prompts: [{id: a, text: Hi, asks: [], example: '{gender'}]", "malformed field"),
+        ("prompts: 3", "expected a list"),
+        ("prompts: [", "not YAML"),
+    ],
+)
+def test_a_mistake_in_a_pool_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "pool.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_pool(path)
+    with pytest.raises(UserError, match="no such prompt pool"):
+        load_pool(tmp_path / "absent.yaml")
+
+
+def test_the_pools_of_the_recipes_can_be_read() -> None:
+    folder = Path(__file__).parent.parent / "recipes" / "prompts"
+    pools = {path.stem: load_pool(path) for path in folder.glob("*.yaml")}
+    assert "What can you hear?" in {prompt.text for prompt in pools["quickstart"]}
+    for name, pool in pools.items():
+        if name.endswith("_eval"):
+            trained = {prompt.text for prompt in pools[name.removesuffix("_eval")]}
+            assert all((prompt.text in trained) is prompt.seen for prompt in pool), name
