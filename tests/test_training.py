@@ -1,0 +1,124 @@
+"""The training loop on tiny random models: it learns, a killed run ends as an uninterrupted one, NaN stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+from tiny_models import tiny_model
+
+import speech_llm.model
+import speech_llm.training.loop as loop
+from speech_llm.errors import UserError
+from speech_llm.examples import Example, user_turn, write_examples
+from speech_llm.files import read_jsonl, write_jsonl
+from speech_llm.recipe import Recipe, load_recipe
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recipe:
+    monkeypatch.setenv("SPEECH_LLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(speech_llm.model, "build_model", lambda *_, **__: tiny_model())
+    changes = {"epochs": 3, "batch_tokens": 256, "lr": 0.01, "align_epochs": 2, "checkpoint_every": 2, "precision": "float32"}  # fmt: skip
+    return load_recipe(QUICKSTART, [f"optimizer.{key}={value}" for key, value in changes.items()])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Path, Path]:
+    """Examples and described clips: eight sounds, low or high, two questions each."""
+    rng = np.random.default_rng(0)
+    examples, described = [], []
+    for i in range(8):
+        gender = ("male", "female")[i % 2]
+        time_s = np.arange(8000 + 400 * i) / 16_000
+        tone = np.sin(2 * np.pi * (120, 400)[i % 2] * time_s) + 0.05 * rng.normal(size=len(time_s))
+        path = tmp_path / f"c{i}.wav"
+        soundfile.write(path, 0.3 * tone, 16_000)
+        described.append(
+            {"id": f"c{i}", "audio": str(path), "attributes": {"gender": gender}, "description": gender}
+        )
+        for question in ("who?", "man or woman?"):
+            turns = [user_turn(question, {"path": str(path)}), {"role": "assistant", "content": gender}]
+            examples.append(Example(id=f"c{i}/{question}", messages=turns))
+    write_examples(tmp_path / "examples.jsonl", examples)
+    write_jsonl(tmp_path / "train.jsonl", described)
+    return tmp_path / "examples.jsonl", tmp_path / "train.jsonl"
+
+
+def run(recipe: Recipe, data: tuple[Path, Path], folder: Path, probe: Any = None) -> dict[str, Any]:
+    return loop.train(
+        recipe, data[0], folder / "train", folder / "model", described=data[1], probe=probe, progress=False
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for _, row in read_jsonl(folder / "train" / "log.jsonl") if "step" in row]
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    recipe: Recipe, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    counts = run(recipe, data, tmp_path / "whole")
+    seen = losses(tmp_path / "whole")
+    assert len(seen) == counts["steps"] >= 6
+    assert seen[-1] < seen[0]
+    assert counts["align"]["epochs"] == 2
+
+    def killed(_model: Any, _processor: Any, epoch: int) -> dict[str, Any]:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, data, tmp_path / "parts", killed)
+    assert not (tmp_path / "parts" / "model").exists()
+    run(recipe, data, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == seen
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_text_llm_stays_as_it_was(recipe: Recipe, data: tuple[Path, Path], tmp_path: Path) -> None:
+    models: list[Any] = []
+    before = {name: p.clone() for name, p in tiny_model()[0].llm.named_parameters()}
+
+    def probe(model: Any, _processor: Any, _epoch: int) -> dict[str, Any]:
+        models.append(model)
+        return {}
+
+    run(recipe, data, tmp_path, probe)
+    assert len(models) == 4
+    assert all(torch.equal(before[name], p) for name, p in models[-1].llm.named_parameters())
+    assert all(name.startswith("connector.") for name in weights(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows(
+    recipe: Recipe, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "cross_entropy_sum", lambda logits, _targets: logits.sum() * float("nan"))
+    with pytest.raises(
+        UserError, match=r"step 1: the loss is not finite on the rows c\d.*lower optimizer\.lr"
+    ):
+        run(recipe, data, tmp_path)
+
+
+def test_clips_that_cannot_be_used_are_set_aside(
+    recipe: Recipe, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    Path(tmp_path / "c3.wav").write_bytes(b"")
+    counts = run(recipe, data, tmp_path)
+    assert counts["rows"] == 14
+    rejects = [row for _, row in read_jsonl(tmp_path / "train" / "rejects.jsonl")]
+    assert {row["id"] for row in rejects} == {"c3/who?", "c3/man or woman?"}
+    assert all("empty" in row["reason"] for row in rejects)
