@@ -220,6 +220,17 @@ def load_llm(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTrain
     return model.eval(), tokenizer
 
 
+def load_answering_llm(reference: str, precision: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """`load_llm` for writing answers: on the GPU where there is one, in the number format that is fastest there."""
+    import torch
+
+    from speech_llm.precision import choose_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    llm, tokenizer = load_llm(reference, choose_dtype(precision, device))
+    return llm.to(device), tokenizer
+
+
 def load_whisper(
     reference: str, dtype: torch.dtype | None = None
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:

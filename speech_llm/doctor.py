@@ -355,7 +355,7 @@ def _gflops() -> dict[str, float]:
     """Measured speed of a matrix product in both number formats."""
     import torch
 
-    from speech_llm.training.precision import DTYPES, matmul_gflops
+    from speech_llm.precision import DTYPES, matmul_gflops
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode():

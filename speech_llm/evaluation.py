@@ -251,7 +251,7 @@ def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, int], dict[
 
 def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, Any]:
     """Evaluate the run's model and its peers on all tasks; writes `results.json`; resumable per answer."""
-    from speech_llm.assets import load_llm
+    from speech_llm.assets import load_answering_llm
     from speech_llm.responders import TextResponder, load_speech_model
 
     out = run_dir / "eval"
@@ -270,7 +270,7 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
                 run_dir / "model", settings.max_new_tokens, settings.batch_tokens
             )
         else:
-            base = base or load_llm(recipe.model.llm)
+            base = base or load_answering_llm(recipe.model.llm, recipe.optimizer.precision)
             responder = TextResponder(
                 *base,
                 reads="transcript" if name == "cascade" else "description",

@@ -340,8 +340,8 @@ def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict
 
     from speech_llm.data.features import FeatureStore
     from speech_llm.model import build_model
+    from speech_llm.precision import choose_dtype
     from speech_llm.training.loop import feature_root
-    from speech_llm.training.precision import choose_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = build_model(

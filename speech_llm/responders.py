@@ -211,11 +211,11 @@ def load_responder(
     model: str, max_new_tokens: int = 128, batch_tokens: int = 4096, lora_scale: float | None = None
 ) -> Responder:
     """The responder for a model's name as the command line takes it; see the head of this file."""
-    from speech_llm.assets import load_llm
+    from speech_llm.assets import load_answering_llm
 
     kind, _, reference = model.partition(":")
     if kind in ("text", "teacher", "cascade") and reference:
-        llm, tokenizer = load_llm(reference)
+        llm, tokenizer = load_answering_llm(reference)
         return TextResponder(
             llm,
             tokenizer,
@@ -236,7 +236,7 @@ def load_speech_model(
     """A trained checkpoint as a responder."""
     from speech_llm.assets import cache_dir, resolve
     from speech_llm.model import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from speech_llm.training.precision import choose_dtype
+    from speech_llm.precision import choose_dtype
 
     folder = resolve(str(reference))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

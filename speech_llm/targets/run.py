@@ -103,7 +103,7 @@ def read_described(path: Path) -> list[dict[str, Any]]:
 
 def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool = True) -> dict[str, Any]:
     """Write `examples.jsonl` and `rejects.jsonl` under `out_dir`; returns the counts of the stage."""
-    from speech_llm.assets import load_llm
+    from speech_llm.assets import load_answering_llm
 
     settings = recipe.targets
     clips = read_described(described)
@@ -114,7 +114,7 @@ def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool
             f"{settings.prompts}: no clip of {described} has the attributes that its prompts ask for; "
             f"the clips have: {', '.join(sorted({name for clip in clips for name in clip['attributes']}))}"
         )
-    llm, tokenizer = load_llm(recipe.model.llm)
+    llm, tokenizer = load_answering_llm(recipe.model.llm, recipe.optimizer.precision)
     teacher = Teacher(llm, tokenizer, settings.batch_tokens, settings.max_new_tokens)
     return self_targets(
         teacher,

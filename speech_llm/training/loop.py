@@ -166,7 +166,7 @@ def train(
     from accelerate import Accelerator
 
     from speech_llm.model import build_model
-    from speech_llm.training.precision import choose_dtype
+    from speech_llm.precision import choose_dtype
 
     settings = recipe.optimizer
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
