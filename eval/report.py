@@ -88,11 +88,14 @@ def table(results: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             wer = result["metric"] == "wer"
             value = result[result["metric"]]
-            peers = {}
+            peers: dict[str, float | None] = {}
+            counts: dict[str, int] = {}
             for name in PEERS:
                 other = (models.get(name, {}).get(task) or {}).get(kind)
                 peers[name] = None if not other else other[other["metric"]]
-            best = peers.get("teacher") if peers.get("teacher") is not None else peers.get("ceiling")
+                if other and other["n"] != result["n"]:
+                    counts[name] = other["n"]
+            best = peers["ceiling"]
             rows.append(
                 {
                     "task": task,
@@ -106,9 +109,10 @@ def table(results: dict[str, Any]) -> list[dict[str, Any]]:
                     "majority": result["majority"],
                     "unparsed": result["unparsed"],
                     "share": None if wer or not best else value / best,
-                    "clear": not wer
+                    "above_chance": not wer
                     and result["chance"] is not None
                     and result["interval"][0] > result["chance"],
+                    "fewer": counts,
                     **peers,
                 }
             )

@@ -72,11 +72,21 @@ def test_the_page_holds_results_curves_and_sound(run: Path) -> None:
     assert outside == []
 
 
-def test_the_table_compares_with_the_teacher(run: Path) -> None:
+def test_the_table_compares_with_the_ceiling(run: Path) -> None:
     (row,) = table(json.loads((run / "results.json").read_text()))
     assert (row["value"], row["ceiling"], row["teacher"], row["cascade"]) == (0.9, 0.8, 1.0, None)
-    assert row["share"] == pytest.approx(0.9)
-    assert row["clear"]
+    assert row["share"] == pytest.approx(0.9 / 0.8)
+    assert row["above_chance"]
+
+
+def test_a_score_that_may_be_chance_is_not_called_good(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results["models"]["speech_llm"]["gender"] = a_result(0.55)
+    results["models"]["ceiling"]["gender"] = a_result(0.5)
+    write_json(run / "results.json", results)
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert '<span class="bad">110 %</span>' in page
 
 
 def test_a_clip_that_is_gone_is_left_out(run: Path) -> None:
