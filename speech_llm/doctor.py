@@ -39,7 +39,9 @@ EMBEDDED = {
 EFFICIENCY = 0.4
 FRAMES_PER_S = 50  # of Whisper and of wav2vec2-like encoders
 TYPICAL_CLIP_S = 3.0  # where the clips are not there to be measured
-PROMPT_TOKENS, ANSWER_TOKENS = 120, 25
+PROMPT_TOKENS, ANSWER_TOKENS = 40, 25  # what prompts share is run once
+NEW_ANSWERS = 0.4  # equal questions are answered once
+ROW_TOKENS = 30  # a training row behind its clip's shared prefix
 RUNTIME_GB = 0.9  # Python, PyTorch and the libraries
 
 
@@ -269,7 +271,11 @@ def _estimate(
     all_clips = count["train"] + tests
     asked = min(count["train"], recipe.targets.clips or count["train"])
     rows = asked * recipe.targets.prompts_per_clip
-    row_tokens = 60 + (recipe.model.connector.queries if recipe.model.connector.type == "qformer" else 20)
+    row_tokens = (
+        ROW_TOKENS
+        + (recipe.model.connector.queries if recipe.model.connector.type == "qformer" else 20)
+        / recipe.targets.prompts_per_clip
+    )
     answer_cost = 2 * llm["parameters"] * (PROMPT_TOKENS + ANSWER_TOKENS)
     tasks = len(recipe.eval.attributes) + recipe.eval.transcript
     per_task = tests * (recipe.eval.prompts_per_clip or 2)
@@ -279,12 +285,12 @@ def _estimate(
         answers += tasks * min(per_task, limit or per_task)
     asr = by_role.get("speech recognition", {})
     operations = {
-        "describe": all_clips * 2 * asr.get("parameters", 0) * (clips["mean_s"] * FRAMES_PER_S + 40),
-        "targets": rows * min(recipe.targets.attempts, 1.5) * answer_cost,
+        "describe": all_clips * 2 * asr.get("parameters", 0) * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
+        "targets": rows * NEW_ANSWERS * min(recipe.targets.attempts, 1.5) * answer_cost,
         "train": recipe.optimizer.epochs * rows * row_tokens * 4 * llm["parameters"]
         + all_clips * 2 * encoder_parameters * clips["mean_s"] * FRAMES_PER_S
         + (recipe.optimizer.epochs + 1) * 2 * recipe.eval.json_probe.limit * answer_cost,
-        "eval": answers * answer_cost,
+        "eval": answers * NEW_ANSWERS * answer_cost,
     }
     width = llm.get("width", 2048)
     activations = recipe.optimizer.batch_tokens * width * llm.get("layers", 24) * 20 * weight_bytes
