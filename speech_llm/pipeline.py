@@ -60,9 +60,15 @@ def _corpus(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
 
 def _describe(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
     from describers.run import describe_inputs
+    from speech_llm.targets.run import asked_first
 
     counts: dict[str, Any] = {}
     for split in _splits(run_dir / "corpus"):
+        only = None
+        if split == "train" and recipe.targets.clips is not None:
+            # Words are dear to find out, and only of use for a clip that is asked something.
+            ids = [str(row["id"]) for _, row in read_jsonl(run_dir / "corpus" / "train.jsonl")]
+            only = {"transcript": set(asked_first(ids, recipe.seed)[: recipe.targets.clips])}
         report = describe_inputs(
             run_dir / "corpus" / f"{split}.jsonl",
             run_dir / "describe" / f"{split}.jsonl",
@@ -70,6 +76,7 @@ def _describe(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
             label_columns=recipe.describe.labels or None,
             asr=recipe.describe.asr,
             form=recipe.describe.form,
+            only=only,
             progress=progress,
         )
         counts[split] = {
@@ -147,7 +154,11 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "describe",
         1,
-        lambda r: {"describe": _pick(r.describe)},
+        lambda r: {
+            "describe": _pick(r.describe),
+            # Which clips are asked decides whose words are found out.
+            "asked": None if r.targets.clips is None else [r.seed, r.targets.clips],
+        },
         lambda r, run: [*_tables(run / "corpus"), *_local_models(r.describe.asr)],
         _describe,
     ),

@@ -251,10 +251,18 @@ class OptimizerSection(Section):
     warmup_ratio: Share = Field(default=0.05, description="share of the steps that warm up")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    align_epochs: NotNegative = Field(
-        default=4, description="warm-up passes that draw the connector to the LLM's words; 0 = none"
+    soft_word_epochs: NotNegative = Field(
+        default=0,
+        description="passes over the Examples that first tune, without sound, the vectors that stand for each attribute; "
+        "0 = the LLM's own words",
     )
-    align_lr: float = Field(default=2e-3, gt=0, description="learning rate of that warm-up")
+    soft_word_lr: float = Field(
+        default=0.2, gt=0, description="their learning rate, relative to the distance between words"
+    )
+    align_epochs: NotNegative = Field(
+        default=4, description="warm-up passes that draw the connector to these vectors; 0 = none"
+    )
+    align_lr: float = Field(default=1e-3, gt=0, description="learning rate of that warm-up")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto = bfloat16 where it is faster"
     )

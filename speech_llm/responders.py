@@ -129,7 +129,7 @@ class SpeechResponder:
             # Embedding the sounds of a few hundred conversations at a time bounds the memory they take.
             for start in range(0, len(chosen), 256):
                 window = chosen[start : start + 256]
-                prompts = [self._prompt(conversations[i]) for i in window]
+                prompts = self._prompts([conversations[i] for i in window])
 
                 def done(place: int, ids: list[int], window: list[int] = window) -> None:
                     text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -149,18 +149,37 @@ class SpeechResponder:
                     )
         return [answered[first_of[key]] for key in keys]
 
-    def _prompt(self, conversation: list[Message]) -> Prompt:
+    def _prompts(self, conversations: Sequence[list[Message]]) -> list[Prompt]:
+        """Conversations as token ids and embeddings; each sound goes through the connector once."""
+        paths = [[part["path"] for part in audio_parts(conversation)] for conversation in conversations]
+        clips = {path: self.features.load(path) for own in paths for path in own}
+        vectors = self._vectors(clips)
         device = self.model.llm.get_input_embeddings().weight.device
-        clips = [self.features.load(part["path"]) for part in audio_parts(conversation)]
-        rendered = self.processor.render(
-            conversation, add_generation_prompt=True, frame_counts=[len(clip) for clip in clips]
-        )
-        ids = list(rendered.input_ids)
-        if not clips:
-            return Prompt(ids)
-        stacked, counts = stack_features(clips, device)
-        vectors, _ = self.model.audio_vectors(stacked, counts)
-        return Prompt(ids, self.model.embed(torch.tensor([ids], device=device), vectors)[0])
+        prompts = []
+        for conversation, own in zip(conversations, paths, strict=True):
+            counts = [len(clips[path]) for path in own]
+            ids = list(
+                self.processor.render(conversation, add_generation_prompt=True, frame_counts=counts).input_ids
+            )
+            if not own:
+                prompts.append(Prompt(ids))
+                continue
+            heard = torch.cat([vectors[path] for path in own])
+            embeds = self.model.embed(torch.tensor([ids], device=device), heard)[0]
+            prompts.append(Prompt(ids, embeds, tuple(own)))
+        return prompts
+
+    def _vectors(self, clips: dict[str, torch.Tensor], batch_clips: int = 16) -> dict[str, torch.Tensor]:
+        """Each clip's vectors (k, llm_width), clips of like length side by side."""
+        device = self.model.llm.get_input_embeddings().weight.device
+        order = sorted(clips, key=lambda path: len(clips[path]))
+        out: dict[str, torch.Tensor] = {}
+        for start in range(0, len(order), batch_clips):
+            batch = order[start : start + batch_clips]
+            stacked, counts = stack_features([clips[path] for path in batch], device)
+            heard, sizes = self.model.audio_vectors(stacked, counts)
+            out.update(zip(batch, heard.split(sizes.tolist()), strict=True))
+        return out
 
     def _with_transcripts(self, conversation: list[Message]) -> list[Message]:
         if not self.model.config.use_transcript:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from speech_llm.generation import Prompt, generate, shared_prefix_length
+from speech_llm.generation import Prompt, comparable_ids, generate, group_prompts, shared_length
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_embeddings_answer_like_their_ids(llm: LlamaForCausalLM) -> None:
 
 
 def test_the_shared_prefix_stops_before_audio_and_leaves_each_row_a_token(llm: LlamaForCausalLM) -> None:
-    assert shared_prefix_length([Prompt(ids) for ids in PROMPTS]) == 3
-    assert shared_prefix_length([Prompt([5, 6]), Prompt([5, 6])]) == 1
+    assert shared_length(PROMPTS) == 3
+    assert shared_length([[5, 6], [5, 6]]) == 1
     # Two different sounds behind the same placeholder id 96 must not be taken for a shared prefix.
     torch.manual_seed(1)
     prompts = [Prompt([5, 96, 96, 7], torch.randn(4, 32)) for _ in range(2)]
@@ -74,3 +74,58 @@ def test_sampling_is_reproducible_and_row_by_row(llm: LlamaForCausalLM) -> None:
     assert together == generate(llm, prompts, **options)  # type: ignore[arg-type]
     assert together[0] == generate(llm, prompts[:1], **options)[0]  # type: ignore[arg-type]
     assert together != generate(llm, prompts, **{**options, "seed": 4})  # type: ignore[arg-type]
+
+
+def test_prompts_that_begin_alike_are_grouped_where_it_saves_most() -> None:
+    keys = [[1, 2, *[3] * 9, 7], [1, 2, *[3] * 9, 8, 9], [1, 2, *[4] * 9, 7], [1, 2, *[4] * 9, 8], [1, 2, 5]]
+    groups = [(group.shared, sorted(group.members)) for group in group_prompts(keys, start=2)]
+    assert groups == [(11, [0, 1]), (11, [2, 3]), (2, [4])]
+    # A group is never longer than it may be: with room for 12 tokens behind the prefix, only pairs fit.
+    many = [[1, *[3] * 5, 10 + i, 20] for i in range(6)]
+    assert [len(group.members) for group in group_prompts(many, start=1, longest=9)] == [2, 2, 2]
+
+
+def test_sounds_are_shared_by_name_and_by_nothing_else() -> None:
+    embeds = torch.zeros(4, 32)
+    prompts = [Prompt([5, 96, 96, 7], embeds, ("a",)), Prompt([5, 96, 96, 8], embeds, ("a",)),
+               Prompt([5, 96, 96, 7], embeds, ("b",)), Prompt([5, 96, 96, 7], embeds)]  # fmt: skip
+    first, same, other, unnamed = comparable_ids(prompts, audio_token_id=96)
+    assert shared_length([first, same]) == 3
+    assert shared_length([first, other]) == shared_length([first, unnamed]) == 1
+    assert shared_length(comparable_ids(prompts[:2])) == 0  # placeholders unknown: nothing can be compared
+
+
+def test_packed_prompts_answer_as_they_do_alone(llm: LlamaForCausalLM) -> None:
+    torch.manual_seed(2)
+    table = llm.get_input_embeddings()
+    sounds = {name: torch.randn(3, 32) for name in "abc"}
+
+    def spoken(name: str, question: list[int]) -> Prompt:
+        ids = [5, 6, 96, 96, 96, 7, *question]
+        embeds = table(torch.tensor([min(i, 95) for i in ids])).detach().clone()
+        embeds[2:5] = sounds[name]
+        return Prompt(ids, embeds, (name,))
+
+    prompts = [spoken(name, [10 + k, *[20 + k] * k]) for k in range(4) for name in sounds]
+    options = {"stop_ids": [2], "max_new_tokens": 40, "audio_token_id": 96}
+    alone = [generate(llm, [prompt], **options)[0] for prompt in prompts]  # type: ignore[arg-type]
+    for budget in (60, 150, 4096):
+        assert generate(llm, prompts, batch_tokens=budget, **options) == alone  # type: ignore[arg-type]
+
+
+def test_an_llm_that_sees_only_a_window_answers_like_the_library() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.4}
+    config = MistralConfig(**settings, **heads, sliding_window=6, eos_token_id=2, pad_token_id=2)
+    model = MistralForCausalLM(config).eval()
+    got = generate(model, [Prompt(ids) for ids in PROMPTS], stop_ids=[2], max_new_tokens=10)
+    for ids, answer in zip(PROMPTS, got, strict=True):
+        tokens = torch.tensor([ids])
+        out = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=10, do_sample=False
+        )
+        want = out[0, len(ids) :].tolist()
+        assert answer == (want[: want.index(2)] if 2 in want else want)

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from speech_llm.training.loop import learning_rate_at
 from speech_llm.training.losses import alignment_loss, all_finite, cross_entropy_sum
+from speech_llm.training.schedule import learning_rate_at
 
 
 def test_cross_entropy_is_the_sum_over_answer_tokens() -> None:
@@ -16,18 +16,19 @@ def test_cross_entropy_is_the_sum_over_answer_tokens() -> None:
     assert math.isclose(float(got), -math.log(3 / 4) - math.log(1 / 5), rel_tol=1e-6)
 
 
-def test_alignment_is_zero_on_the_word_itself_and_grows_with_distance() -> None:
-    table = torch.eye(4) * 2.0
-    words = torch.tensor([0, 1, 2])
-    targets = torch.tensor([[0, -100, 2]])
-    there = alignment_loss(table[[0, 3, 2]][None], words, targets, table, temperature=0.02)
-    assert float(there) < 1e-6
-    wrong = alignment_loss(table[[1, 3, 2]][None], words, targets, table, temperature=1.0)
-    # One slot of two sits on another word: softmax of (0, 1, 0) at the label, and (0, 0, 1) at its own;
-    # the squared distance between two rows is 8 against a squared norm of 4.
-    e = math.e
-    contrast = (-math.log(1 / (2 + e)) - math.log(e / (2 + e))) / 2
-    assert math.isclose(float(wrong), contrast + (8 / 2) / 4, rel_tol=1e-5)
+def test_alignment_is_zero_on_the_value_itself_and_grows_with_distance() -> None:
+    # Two values of one slot each, 2 apart: the middle is (1, 1), and from there they lie in opposite directions.
+    values = torch.tensor([[[2.0, 1.0]], [[0.0, 1.0]]])
+    loss, named = alignment_loss(values, values, torch.tensor([0, 1]), temperature=0.02)
+    assert float(loss) < 1e-6
+    assert named.tolist() == [0, 1]
+    # On the other value: cosines (-1, 1) with label 0, and a squared distance of 4 against 1 from the middle.
+    loss, named = alignment_loss(values[[1]], values, torch.tensor([0]), temperature=1.0)
+    assert math.isclose(float(loss), -math.log(math.exp(-1) / (math.exp(-1) + math.e)) + 4.0, rel_tol=1e-5)
+    assert named.tolist() == [1]
+    # What the values have in common tells nothing: shifting everything changes nothing.
+    shifted, _ = alignment_loss(values[[1]] + 7, values + 7, torch.tensor([0]), temperature=1.0)
+    assert math.isclose(float(shifted), float(loss), rel_tol=1e-5)
 
 
 def test_finite_check() -> None:

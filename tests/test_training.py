@@ -13,11 +13,14 @@ import torch
 from tiny_models import tiny_model
 
 import speech_llm.model
+import speech_llm.training.align
 import speech_llm.training.loop as loop
+import speech_llm.training.soft_words
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, user_turn, write_examples
 from speech_llm.files import read_jsonl, write_jsonl
 from speech_llm.recipe import Recipe, load_recipe
+from speech_llm.training.soft_words import SoftWords
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -26,7 +29,7 @@ QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recipe:
     monkeypatch.setenv("SPEECH_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(speech_llm.model, "build_model", lambda *_, **__: tiny_model())
-    changes = {"epochs": 3, "batch_tokens": 256, "lr": 0.01, "align_epochs": 2, "checkpoint_every": 2, "precision": "float32"}  # fmt: skip
+    changes = {"epochs": 3, "batch_tokens": 256, "lr": 0.01, "align_epochs": 2, "soft_word_epochs": 2, "checkpoint_every": 2, "precision": "float32"}  # fmt: skip
     return load_recipe(QUICKSTART, [f"optimizer.{key}={value}" for key, value in changes.items()])
 
 
@@ -74,6 +77,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     assert len(seen) == counts["steps"] >= 6
     assert seen[-1] < seen[0]
     assert counts["align"]["epochs"] == 2
+    assert counts["align"]["soft_words"]["epochs"] == 2
 
     def killed(_model: Any, _processor: Any, epoch: int) -> dict[str, Any]:
         if epoch == 2:
@@ -122,3 +126,46 @@ def test_clips_that_cannot_be_used_are_set_aside(
     rejects = [row for _, row in read_jsonl(tmp_path / "train" / "rejects.jsonl")]
     assert {row["id"] for row in rejects} == {"c3/who?", "c3/man or woman?"}
     assert all("empty" in row["reason"] for row in rejects)
+
+
+def test_a_run_killed_while_aligning_keeps_its_soft_words(
+    recipe: Recipe, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe, data, tmp_path / "whole")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(speech_llm.training.align, "align", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, data, tmp_path / "parts")
+    monkeypatch.setattr(
+        speech_llm.training.soft_words, "learn_soft_words", killed
+    )  # must not be needed again
+    run(recipe, data, tmp_path / "parts")
+    logs = [(tmp_path / name / "train" / "log.jsonl") for name in ("whole", "parts")]
+    phases = [[row for _, row in read_jsonl(log) if "phase" in row] for log in logs]
+    assert phases[0] == phases[1]
+    assert [row["phase"] for row in phases[0]] == ["soft words"] * 2 + ["align"] * 2
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_soft_words_learn_the_answers_and_a_clip_of_unknown_labels_has_its_own(
+    data: tuple[Path, Path],
+) -> None:
+    model, processor = tiny_model()
+    clips = [row for _, row in read_jsonl(data[1])]
+    table = model.llm.get_input_embeddings().weight
+    soft = SoftWords(clips, processor.tokenizer, table, vectors=4, use=["gender", "accent"])
+    assert (soft.names, soft.slots, soft.common.shape[0]) == (["gender"], 2, 2)
+    places = soft.places([{"gender": "male"}, {"gender": "female"}, {}])
+    assert places.tolist() == [[1], [0], [2]]
+    vectors = soft(places)
+    assert vectors.shape == (3, 4, table.shape[1])
+    assert torch.equal(vectors[0, :2], vectors[1, :2])
+    assert not torch.equal(vectors[0, 2:], vectors[1, 2:])
+    common, (gender,) = soft.parts(vectors)
+    assert torch.equal(common[0], soft.common)
+    assert torch.equal(gender[2], soft.values[0][2])

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from speech_llm.model.masks import branch_mask
+
 IGNORE = -100
 
 
@@ -137,19 +139,12 @@ def collate(packs: list[Pack], prefix_length: int, pad_id: int) -> PackBatch:
         positions[i, :n] = torch.tensor(pack.positions)
         targets[i, :n] = torch.tensor(pack.targets)
         branch[i, :n] = torch.tensor(pack.branch)
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    own = branch[:, :, None] == branch[:, None, :]
-    shared = (branch == 0)[:, None, :]
-    mask = causal & (own | shared)
-    # A padding position sees itself, so that its softmax is defined; nobody sees it.
-    mask = mask | torch.eye(longest, dtype=torch.bool)
-    prefix = torch.ones(len(packs), longest, prefix_length, dtype=torch.bool)
     used = sum(len(pack.ids) for pack in packs)
     return PackBatch(
         ids=ids,
         positions=positions,
         targets=targets,
-        mask=torch.cat([prefix, mask], dim=2)[:, None],
+        mask=branch_mask(branch, prefix_length),
         clips=[clip for pack in packs for clip in pack.clips],
         rows=[row for pack in packs for row in pack.rows],
         padding_share=1 - used / ids.numel(),

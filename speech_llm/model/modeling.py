@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from speech_llm.model.frozen import (
     ready_encoder,
     ready_llm,
 )
+from speech_llm.model.masks import additive, attention_window, logits_only_at
 from speech_llm.model.trainable import AdapterGate, add_lora, set_lora_scale
 
 WEIGHTS_NAME = "model.safetensors"
@@ -344,7 +344,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         if position_ids is None:
             position_ids = _positions(attention_mask, tokens.shape[1])
         dtype = self.llm.get_input_embeddings().weight.dtype
-        with self.adapters_for(rows), self._logits_only_at(answer_mask):
+        with self.adapters_for(rows), logits_only_at(self.llm, answer_mask):
             output = self.llm(
                 input_ids=input_ids if inputs_embeds is None else None,
                 inputs_embeds=inputs_embeds,
@@ -408,39 +408,12 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         """A four-dimensional bool mask as numbers to add, which every attention implementation understands."""
         if mask is None or mask.dim() != 4:
             return mask
-        window = getattr(self.config.get_text_config(), "sliding_window", None)
-        if (
-            window
-            and "sliding_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or [])
-            and mask.shape[-1] > window
-        ):
+        window = attention_window(self.config.get_text_config())
+        if window is not None and mask.shape[-1] > window:
             raise ValueError(
                 f"a mask over {mask.shape[-1]} keys cannot be given to an LLM whose layers see only the last {window}"
             )
-        if mask.dtype != torch.bool:
-            return mask
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-            ~mask, torch.finfo(dtype).min
-        )
-
-    @contextlib.contextmanager
-    def _logits_only_at(self, answer_mask: Tensor | None) -> Iterator[None]:
-        """Within it the LLM's output layer sees only the selected positions, as one row (1, n, width).
-
-        The LLM's own forward stays in charge, with whatever it does to logits afterwards (soft-capping, scaling).
-        """
-        if answer_mask is None:
-            yield
-            return
-
-        def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0][answer_mask][None], *args[1:])
-
-        handle = self.llm.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return additive(mask, dtype) if mask.dtype == torch.bool else mask
 
     # ---------------------------------------------------------------- transformers conventions
 

@@ -136,18 +136,23 @@ def choose_prompts(
     Prompts are dealt in turn rather than drawn with replacement, so that each is asked about equally often.
     """
     rng = random.Random(f"{seed}-prompts")
-    order = list(range(len(clips)))
-    rng.shuffle(order)
+    by_id = {clip["id"]: clip for clip in clips}
     used: Counter[str] = Counter()
     asked = []
-    for index in order[:limit]:
-        able = [prompt for prompt in pool if needs(prompt) <= set(clips[index]["attributes"])]
+    for clip_id in asked_first(list(by_id), seed)[:limit]:
+        clip = by_id[clip_id]
+        able = [prompt for prompt in pool if needs(prompt) <= set(clip["attributes"])]
         rng.shuffle(able)
         able.sort(key=lambda prompt: used[prompt.id])
         for prompt in able[:per_clip]:
             used[prompt.id] += 1
-            asked.append((clips[index], prompt))
+            asked.append((clip, prompt))
     return asked
+
+
+def asked_first(ids: Sequence[str], seed: int) -> list[str]:
+    """Clips in the order in which they are asked, by chance but whatever other clips there are."""
+    return sorted(ids, key=lambda clip_id: random.Random(f"{seed}-asked-{clip_id}").random())
 
 
 def self_targets(

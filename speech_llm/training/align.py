@@ -1,9 +1,8 @@
-"""Warm-up of the connector: put its vectors where the LLM keeps the words that describe the clip.
+"""Warm-up of the connector: make it produce the soft words of what it hears.
 
-In: described clips and their cached features. Out: a connector whose first vectors the frozen LLM can already read.
-The LLM itself is not run, only its embedding table is looked at, so an epoch costs seconds where an epoch of answers
-costs minutes. Each attribute owns a few of the connector's vectors ("slots"); those are drawn to the embeddings of the
-attribute's words. Training on answers then starts from vectors that mean something.
+In: described clips, their cached features, and soft words (`soft_words`, tuned or the plain words of the LLM). Out: a
+connector whose vectors the frozen LLM can already read. The LLM is not run, so an epoch costs seconds where an epoch of
+answers costs minutes. Training on answers then starts from vectors that mean something.
 """
 
 from __future__ import annotations
@@ -18,58 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from describers.vocabulary import display
 from speech_llm.data.features import FeatureStore, stack_features
-from speech_llm.targets.verify import closed_options
 from speech_llm.training.losses import alignment_loss
-
-
-class Slots:
-    """Which word each of the connector's vectors is drawn to, for a clip's attributes."""
-
-    def __init__(
-        self, clips: Sequence[dict[str, Any]], tokenizer: Any, vectors: int, use: Sequence[str]
-    ) -> None:
-        options = closed_options([clip["attributes"] for clip in clips])
-        self.attributes = [name for name in use if name in options][:vectors]
-        self.per_attribute = max(1, vectors // max(1, len(self.attributes)))
-        ids: dict[str, dict[str, list[int]]] = {
-            name: {
-                value: tokenizer(f" {display(name, value)}", add_special_tokens=False)["input_ids"][
-                    : self.per_attribute
-                ]
-                for value in options[name]
-            }
-            for name in self.attributes
-        }
-        self.words = sorted(
-            {token for values in ids.values() for tokens in values.values() for token in tokens}
-        )
-        place = {token: i for i, token in enumerate(self.words)}
-        self._targets = {
-            name: {value: [place[token] for token in tokens] for value, tokens in values.items()}
-            for name, values in ids.items()
-        }
-        self.vectors = vectors
-
-    def targets(self, attributes: dict[str, Any]) -> list[int]:
-        """For each vector an index into `words`, -100 where it has none. A short word fills all its slots."""
-        out = [-100] * self.vectors
-        for number, name in enumerate(self.attributes):
-            places = self._targets[name].get(attributes.get(name))  # type: ignore[arg-type]
-            if places:
-                for slot in range(self.per_attribute):
-                    out[number * self.per_attribute + slot] = places[min(slot, len(places) - 1)]
-        return out
+from speech_llm.training.schedule import learning_rate_at
+from speech_llm.training.soft_words import SoftWords
 
 
 def align(
     model: Any,
-    tokenizer: Any,
+    soft: SoftWords,
     clips: Sequence[dict[str, Any]],
     features: FeatureStore,
     *,
-    use: Sequence[str],
+    tuned: bool,
     epochs: int,
     learning_rate: float,
     batch_clips: int = 16,
@@ -77,18 +37,20 @@ def align(
     log: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Warm up the connector in place; returns the last epoch's loss and the share of slots that name their word."""
-    table = model.llm.get_input_embeddings().weight
-    slots = Slots(clips, tokenizer, model.connector.num_vectors(1), use)
+    """Warm up the connector in place; returns the last epoch's loss and the share of attributes that it names.
+
+    `tuned`: the soft words have been tuned, so that what stands for an unknown value and the vectors that are always
+    there mean something too; plain words leave those to the training on answers.
+    """
     usable = [clip for clip in clips if clip["audio"] not in features.rejects]
-    if not slots.attributes or not usable or epochs <= 0:
+    if not soft.names or not usable or epochs <= 0:
         return {"epochs": 0}
-    words = torch.tensor(slots.words, device=table.device)
-    targets = torch.tensor([slots.targets(clip["attributes"]) for clip in usable])
+    device = model.llm.get_input_embeddings().weight.device
+    soft = soft.to(device).requires_grad_(False)
+    places = soft.places([clip["attributes"] for clip in usable]).to(device)
     parameters = [p for p in model.connector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    batches_per_epoch = math.ceil(len(usable) / batch_clips)
-    total = epochs * batches_per_epoch
+    total = epochs * math.ceil(len(usable) / batch_clips)
     lengths = [Path(features.entry(clip["audio"])).stat().st_size for clip in usable]
     loaded: dict[int, Tensor] = {}
     step, mean_loss, hits, counted = 0, 0.0, 0, 0
@@ -104,42 +66,45 @@ def align(
                 for i in batch:
                     if i not in loaded:
                         loaded[i] = features.load(usable[i]["audio"])
-                stacked, counts = stack_features([loaded[i] for i in batch], table.device)
+                stacked, counts = stack_features([loaded[i] for i in batch], device)
                 vectors, _ = model.connector(stacked, counts)
-                wanted = targets[batch].to(table.device)
-                loss = alignment_loss(vectors, words, wanted, table)
+                loss, right, asked = _loss(soft, vectors, places[batch], tuned)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                warm = min(1.0, (step + 1) / max(1, total // 20))
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / total))
+                    group["lr"] = learning_rate_at(step, total, learning_rate, 0.05)
                 optimizer.step()
                 losses.append(float(loss.detach()))
-                with torch.no_grad():
-                    near = (
-                        torch.nn.functional.normalize(vectors.float(), dim=-1)
-                        @ torch.nn.functional.normalize(table[words].float(), dim=-1).T
-                    )
-                    hit = near.argmax(-1) == wanted
-                    hits += int(hit[wanted != -100].sum())
-                    counted += int((wanted != -100).sum())
-                step += 1
+                hits, counted, step = hits + right, counted + asked, step + 1
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
             mean_loss = sum(losses) / len(losses)
             if log is not None:
-                log(
-                    {
-                        "phase": "align",
-                        "epoch": epoch + 1,
-                        "loss": round(mean_loss, 4),
-                        "named": round(hits / counted, 4),
-                    }
-                )
+                named = round(hits / max(1, counted), 4)
+                log({"phase": "align", "epoch": epoch + 1, "loss": round(mean_loss, 4), "named": named})
     return {
         "epochs": epochs,
         "loss": round(mean_loss, 4),
         "named": round(hits / max(1, counted), 4),
-        "attributes": slots.attributes,
+        "attributes": soft.names,
     }
+
+
+def _loss(soft: SoftWords, vectors: Tensor, places: Tensor, tuned: bool) -> tuple[Tensor, int, int]:
+    """Mean alignment loss over attributes, how many known values are named, and out of how many."""
+    common, parts = soft.parts(vectors.float())
+    losses, hits, counted = [], 0, 0
+    for number, (part, table) in enumerate(zip(parts, soft.values, strict=True)):
+        labels = places[:, number]
+        known = labels < len(table) - 1
+        kept = torch.ones_like(known) if tuned else known
+        if not bool(kept.any()):
+            continue
+        loss, named = alignment_loss(part[kept], table if tuned else table[:-1], labels[kept])
+        losses.append(loss)
+        hits += int((named == labels[kept])[known[kept]].sum())
+        counted += int(known.sum())
+    if tuned and common.shape[1]:
+        losses.append((common - soft.common).pow(2).mean() / soft.spread**2)
+    return torch.stack(losses).mean() if losses else vectors.sum() * 0.0, hits, counted

@@ -9,8 +9,6 @@ of the seed, so a killed run continues from its last checkpoint as if nothing ha
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import resource
 import shutil
@@ -20,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from speech_llm.data.features import FeatureStore, stack_features
 from speech_llm.data.packing import (
@@ -38,9 +36,11 @@ from speech_llm.data.packing import (
 )
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, read_examples
-from speech_llm.files import JsonlAppender, write_json, write_jsonl
+from speech_llm.files import JsonlAppender, atomic_write, read_json, write_json, write_jsonl
+from speech_llm.kv_cache import Prefix, expanded, run_prefix
 from speech_llm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from speech_llm.training.losses import all_finite, cross_entropy_sum
+from speech_llm.training.schedule import learning_rate_at
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
@@ -97,26 +97,25 @@ def build_training_set(
 
 
 def batch_loss(
-    model: Any, batch: PackBatch, features: FeatureStore, prefix: DynamicCache | None, device: torch.device
+    model: Any,
+    batch: PackBatch,
+    features: FeatureStore,
+    prefix: Prefix,
+    device: torch.device,
+    vectors: Tensor | None = None,
 ) -> Tensor:
-    """Summed cross-entropy of a batch's answer tokens."""
+    """Summed cross-entropy of a batch's answer tokens; `vectors` stand for its sounds instead of the connector's."""
     ids = batch.ids.to(device)
-    vectors = None
-    if batch.clips:
+    if batch.clips and vectors is None:
         stacked, counts = stack_features([features.load(clip) for clip in batch.clips], device)
         vectors, _ = model.audio_vectors(stacked, counts)
     embeds = model.embed(ids, vectors)
     targets = batch.targets.to(device)
-    cache = None
-    if prefix is not None:
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(len(ids))
-    mask = torch.zeros(batch.mask.shape, dtype=embeds.dtype, device=device)
-    mask.masked_fill_(~batch.mask.to(device), torch.finfo(embeds.dtype).min)
+    cache = expanded(prefix, len(ids)) if prefix else None
     answer_mask = targets != IGNORE
     logits = model(
         inputs_embeds=embeds,
-        attention_mask=mask,
+        attention_mask=batch.mask.to(device),
         position_ids=batch.positions.to(device),
         past_key_values=cache,
         use_cache=cache is not None,
@@ -124,29 +123,6 @@ def batch_loss(
         has_audio=(ids == model.config.audio_token_id).any(dim=1),
     ).logits
     return cross_entropy_sum(logits, targets[answer_mask])
-
-
-def prefix_cache(model: Any, ids: list[int], device: torch.device) -> DynamicCache | None:
-    """Key/value cache of the constant prefix; None when there is none."""
-    if not ids:
-        return None
-    with torch.no_grad():
-        cache = DynamicCache(config=model.llm.config)
-        model.llm(
-            input_ids=torch.tensor([ids], device=device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return cache
-
-
-def learning_rate_at(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """Linear warm-up, then cosine to zero."""
-    warm = max(1, round(total * warmup_ratio))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 def train(
@@ -261,35 +237,21 @@ def train(
             )
 
     started = time.perf_counter()
+    prefix = run_prefix(model.llm, data.prefix)
     if first == 0 and found is None:
         run_probe(0)
-        if settings.align_epochs and described is not None:
-            from speech_llm.targets.run import read_described
-            from speech_llm.training.align import align
+        if described is not None and settings.align_epochs and fixed_vectors(model):
 
-            clips = read_described(described)
-            features.fill([clip["audio"] for clip in clips], progress=show)
-
-            def log_align(row: dict[str, Any]) -> None:
+            def log_warmup(row: dict[str, Any]) -> None:
                 nonlocal logged
                 write_log(row)
                 logged += 1
 
-            state["align"] = align(
-                model,
-                processor.tokenizer,
-                clips,
-                features,
-                use=[name for name in recipe.describe.labels.values() if name != "transcript"],
-                epochs=settings.align_epochs,
-                learning_rate=settings.align_lr,
-                seed=recipe.seed,
-                log=log_align,
-                progress=show,
+            state["align"] = warm_up(
+                recipe, model, processor, features, data, prefix, described, out_dir, log_warmup, show
             )
         state["seconds"] = time.perf_counter() - started
         checkpoint(0)
-    prefix = prefix_cache(model, data.prefix, device)
     prefix_length = len(data.prefix)
     began, before = time.perf_counter(), state["seconds"]
     model.train()
@@ -373,6 +335,92 @@ def train(
         save_model(model, processor, model_dir, {"recipe": recipe.name, **counts})
     accelerator.wait_for_everyone()
     return counts
+
+
+def fixed_vectors(model: Any) -> bool:
+    """Whether every clip becomes the same number of vectors, so that each can have a meaning of its own."""
+    return model.config.connector["type"] == "qformer"
+
+
+def warm_up(
+    recipe: Recipe,
+    model: Any,
+    processor: Any,
+    features: FeatureStore,
+    data: TrainingSet,
+    prefix: Prefix,
+    described: Path,
+    out_dir: Path,
+    log: Callable[[dict[str, Any]], None],
+    progress: bool,
+) -> dict[str, Any]:
+    """What comes before training on answers: tune soft words, then draw the connector to them; returns what it did.
+
+    Tuned soft words are kept in `out_dir`, so that a run killed during the alignment need not tune them again.
+    """
+    from speech_llm.targets.run import read_described
+    from speech_llm.training.align import align
+    from speech_llm.training.soft_words import SoftWords, learn_soft_words
+
+    settings = recipe.optimizer
+    clips = read_described(described)
+    features.fill([clip["audio"] for clip in clips], progress=progress)
+    device = model.llm.get_input_embeddings().weight.device
+    soft = SoftWords(
+        clips,
+        processor.tokenizer,
+        model.llm.get_input_embeddings().weight,
+        model.connector.num_vectors(1),
+        [name for name in recipe.describe.labels.values() if name != "transcript"],
+    )
+    tuned: dict[str, Any] | None = None
+    if settings.soft_word_epochs and soft.names:
+        kept = out_dir / "soft_words.safetensors"
+        if kept.exists():
+            soft.load_state_dict(safetensors.torch.load_file(kept))
+            tuned, told = (read_json(kept.with_suffix(".json"))[key] for key in ("counts", "log"))
+            for row in told:
+                log(row)
+        else:
+            told = []
+
+            def keep_and_log(row: dict[str, Any]) -> None:
+                told.append(row)
+                log(row)
+
+            tuned = learn_soft_words(
+                soft,
+                model,
+                data.packs,
+                {clip["audio"]: clip["attributes"] for clip in clips},
+                lambda batch, vectors: batch_loss(model, batch, features, prefix, device, vectors),
+                prefix,
+                pad_id=processor.pad_token_id,
+                epochs=settings.soft_word_epochs,
+                learning_rate=settings.soft_word_lr,
+                batch_tokens=settings.batch_tokens,
+                seed=recipe.seed,
+                log=keep_and_log,
+                progress=progress,
+            )
+            write_json(kept.with_suffix(".json"), {"counts": tuned, "log": told})
+            with atomic_write(kept, "wb") as handle:
+                handle.write(
+                    safetensors.torch.save({k: v.detach().cpu() for k, v in soft.state_dict().items()})
+                )
+    aligned = align(
+        model,
+        soft,
+        clips,
+        features,
+        tuned=tuned is not None,
+        epochs=settings.align_epochs,
+        learning_rate=settings.align_lr,
+        seed=recipe.seed,
+        log=log,
+        progress=progress,
+    )
+    return {**aligned, "soft_words": tuned}
 
 
 def feature_root() -> Path:

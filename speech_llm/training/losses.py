@@ -21,27 +21,24 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def alignment_loss(
-    vectors: Tensor, words: Tensor, targets: Tensor, table: Tensor, temperature: float = 0.07
-) -> Tensor:
-    r"""Mean over slots of $-\log\mathrm{softmax}_w(\cos(v, e_w)/\tau)[\text{target}]$ plus a pull to the word's own place.
+    vectors: Tensor, candidates: Tensor, labels: Tensor, temperature: float = 0.07
+) -> tuple[Tensor, Tensor]:
+    r"""Mean of $-\log\mathrm{softmax}_m(\cos(v - \bar c, c_m - \bar c)/\tau)[\text{label}]$ plus a pull to the candidate's own place.
 
-    The warm-up of the connector: vector `v` in a slot shall lie where the frozen LLM keeps the word that describes the
-    clip ("female", "Scottish"), told apart from the other words that descriptions use.
+    The warm-up of the connector: the vectors of an attribute shall lie where its value lies ("female", "Scottish"), told
+    apart from the attribute's other values. What all values have in common ($\bar c$) tells nothing and is taken off.
 
-    `vectors`: (n, slots, width). `words`: (m,) token ids of the candidate words. `targets`: (n, slots) indices into
-    `words`, -100 where a slot has none. `table`: the LLM's embedding matrix (vocabulary, width), frozen.
-    The first term is InfoNCE (1807.03748, equation 4) with cosine similarity; the second, the mean squared distance
-    relative to the words' mean squared norm, fixes length as well as direction (DiVA, 2410.02678, aligns to text
-    embeddings with an L2 loss).
+    `vectors`: (n, slots, width). `candidates`: (m, slots, width). `labels`: (n,) rows of `candidates`.
+    Returns the loss and the nearest candidates (n,). The first term is InfoNCE (1807.03748, equation 4) with cosine
+    similarity; the second, the squared distance relative to that between candidates, fixes length as well as direction
+    (DiVA, 2410.02678, aligns to text embeddings with an L2 loss).
     """
-    candidates = table[words].float()
-    wanted = targets != -100
-    chosen = vectors[wanted].float()
-    label = targets[wanted]
-    similarity = functional.normalize(chosen, dim=-1) @ functional.normalize(candidates, dim=-1).T
-    contrast = functional.cross_entropy(similarity / temperature, label)
-    place = (chosen - candidates[label]).pow(2).sum(-1).mean() / candidates.pow(2).sum(-1).mean()
-    return contrast + place
+    middle = candidates.mean(0, keepdim=True)
+    told, known = (vectors - middle).flatten(1), (candidates - middle).flatten(1)
+    similarity = functional.normalize(told, dim=-1) @ functional.normalize(known, dim=-1).T
+    contrast = functional.cross_entropy(similarity / temperature, labels)
+    place = (told - known[labels]).pow(2).sum(-1).mean() / known.pow(2).sum(-1).mean().clamp(min=1e-12)
+    return contrast + place, similarity.argmax(-1)
 
 
 def all_finite(value: Tensor) -> bool:
