@@ -34,6 +34,8 @@ PEERS = {
     "teacher": "the text LLM reads the description, after one worked example",
 }
 _COLOURS = {"answer": "#1668a8", "keys": "#2a9d6f", "strict": "#c7702b", "repaired": "#8a63b8"}
+# Where a probe stands that does not end an epoch.
+_PLACES = {0: "before", 0.5: "warm-up"}
 _LEVELS = {
     "strict": "is JSON",
     "repaired": "is JSON once repaired",
@@ -187,23 +189,34 @@ def _svg(draw: Callable[[Any], None], height: float = 2.6) -> str:
 
 
 def learning_curve(log: Sequence[dict[str, Any]]) -> str | None:
-    """Loss per step with its running mean, and where the epochs end; None without training steps."""
+    """Loss per step with its running mean, and where the epochs end; None without training steps.
+
+    Steps on soft words, which come before any sound is heard, stand before those on sound.
+    """
     steps = [row for row in log if "step" in row]
+    words = [row for row in log if "soft_step" in row]
     if not steps:
         return None
 
-    def draw(axes: Any) -> None:
-        x, y = [row["step"] for row in steps], [row["loss"] for row in steps]
-        axes.plot(x, y, color="#9bb7cc", linewidth=0.7)
+    def curve(axes: Any, rows: Sequence[dict[str, Any]], first: int, colour: str, label: str) -> None:
+        x, y = range(first, first + len(rows)), [row["loss"] for row in rows]
+        axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.4)
         smooth, mean = [], y[0]
         for value in y:
             mean = 0.93 * mean + 0.07 * value
             smooth.append(mean)
-        axes.plot(x, smooth, color="#1668a8", linewidth=1.8)
-        for before, after in itertools.pairwise(steps):
+        axes.plot(x, smooth, color=colour, linewidth=1.8, label=label)
+        for place, (before, after) in enumerate(itertools.pairwise(rows), start=first):
             if after["epoch"] != before["epoch"]:
-                axes.axvline(before["step"], color="#bbbbbb", linewidth=0.8, linestyle=":")
+                axes.axvline(place, color="#bbbbbb", linewidth=0.8, linestyle=":")
+
+    def draw(axes: Any) -> None:
+        if words:
+            curve(axes, words, 1, "#c7702b", "soft words, no sound")
+        curve(axes, steps, len(words) + 1, "#1668a8", "on sound")
         axes.set(xlabel="step", ylabel="loss per answer token", ylim=(0, None))
+        if words:
+            axes.legend(frameon=False, fontsize=8)
 
     return _svg(draw)
 
@@ -222,8 +235,8 @@ def json_curve(results: dict[str, Any]) -> str | None:
             axes.plot(epochs, rates, marker="o", color=_COLOURS[level], label=_LEVELS[level], linewidth=1.8)
             if base:
                 axes.axhline(100 * base[level], color=_COLOURS[level], linewidth=1, linestyle="--", alpha=0.7)
-        axes.set(xlabel="epoch (0: before training)", ylabel="% of answers", ylim=(-3, 103))
-        axes.set_xticks(epochs)
+        axes.set(xlabel="epoch", ylabel="% of answers", ylim=(-3, 103))
+        axes.set_xticks(epochs, [_PLACES.get(epoch, f"{epoch:g}") for epoch in epochs])
         axes.legend(frameon=False, loc="best", fontsize=8)
 
     return _svg(draw)

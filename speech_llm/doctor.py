@@ -36,12 +36,13 @@ EMBEDDED = {
     },
 }
 # Of the measured speed of one large matrix product, what a whole stage reaches; from runs of the quickstart.
-EFFICIENCY = 0.4
+EFFICIENCY = 0.6
 FRAMES_PER_S = 50  # of Whisper and of wav2vec2-like encoders
 TYPICAL_CLIP_S = 3.0  # where the clips are not there to be measured
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 25  # what prompts share is run once
 NEW_ANSWERS = 0.4  # equal questions are answered once
 ROW_TOKENS = 30  # a training row behind its clip's shared prefix
+ALIGN_OPERATIONS = 1e9  # of the connector for one clip, there and back
 RUNTIME_GB = 0.9  # Python, PyTorch and the libraries
 
 
@@ -285,11 +286,13 @@ def _estimate(
         answers += tasks * min(per_task, limit or per_task)
     asr = by_role.get("speech recognition", {})
     operations = {
-        "describe": all_clips * 2 * asr.get("parameters", 0) * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
+        "describe": (asked + tests) * 2 * asr.get("parameters", 0) * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
         "targets": rows * NEW_ANSWERS * min(recipe.targets.attempts, 1.5) * answer_cost,
-        "train": recipe.optimizer.epochs * rows * row_tokens * 4 * llm["parameters"]
+        "train": (recipe.optimizer.epochs + recipe.optimizer.soft_word_epochs)
+        * (rows * row_tokens * 4 * llm["parameters"])
+        + recipe.optimizer.align_epochs * count["train"] * ALIGN_OPERATIONS
         + all_clips * 2 * encoder_parameters * clips["mean_s"] * FRAMES_PER_S
-        + (recipe.optimizer.epochs + 1) * 2 * recipe.eval.json_probe.limit * answer_cost,
+        + (recipe.optimizer.epochs + 2) * recipe.eval.json_probe.limit * answer_cost,
         "eval": answers * NEW_ANSWERS * answer_cost,
     }
     width = llm.get("width", 2048)

@@ -211,8 +211,8 @@ class JsonProbe:
         ]
 
 
-def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, int], dict[str, Any]] | None:
-    """The probe that the training loop calls before the first step and after every epoch; None when switched off."""
+def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, float], dict[str, Any]] | None:
+    """The probe that the training loop calls before the first step, after the warm-up and after every epoch; None when switched off."""
     if not recipe.eval.json_probe.limit:
         return None
     probe = JsonProbe(recipe, run_dir)
@@ -220,7 +220,7 @@ def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, int], dict[
         return None
     text_results: dict[str, Any] = {}
 
-    def run(model: Any, processor: Any, epoch: int) -> dict[str, Any]:
+    def run(model: Any, processor: Any, epoch: float) -> dict[str, Any]:
         from speech_llm.data.features import FeatureStore
         from speech_llm.responders import SpeechResponder
         from speech_llm.training.loop import feature_root
@@ -237,7 +237,7 @@ def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, int], dict[
             texts = responder.respond(probe.text_conversations())
             text_results.update(texts=texts, scores=probe.score(texts))
         write_jsonl(
-            run_dir / "train" / "probes" / f"json-{epoch:02d}.jsonl",
+            run_dir / "train" / "probes" / f"json-{epoch:g}.jsonl",
             probe.rows(answers, text_results["texts"]),
         )
         return {

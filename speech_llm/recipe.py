@@ -257,7 +257,7 @@ class OptimizerSection(Section):
         "0 = the LLM's own words",
     )
     soft_word_lr: float = Field(
-        default=0.2, gt=0, description="their learning rate, relative to the distance between words"
+        default=0.5, gt=0, description="their learning rate, relative to the distance between words"
     )
     align_epochs: NotNegative = Field(
         default=4, description="warm-up passes that draw the connector to these vectors; 0 = none"

@@ -45,7 +45,9 @@ from speech_llm.training.schedule import learning_rate_at
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
 
-Probe = Callable[[Any, Any, int], dict[str, Any]]
+Probe = Callable[[Any, Any, float], dict[str, Any]]
+# The probe's place between "before training" (0) and the end of the first epoch (1).
+WARMED_UP = 0.5
 
 
 @dataclass
@@ -137,7 +139,7 @@ def train(
     """Train by a recipe; resumes from the newest checkpoint under `out_dir`; writes the model to `model_dir`.
 
     `described`: the described training clips, for the connector's warm-up. `probe(model, processor, epoch)` is called
-    before the first step (epoch 0) and after every epoch; its result is logged. Returns the counts of the stage.
+    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. Returns the counts of the stage.
     """
     from accelerate import Accelerator
 
@@ -213,7 +215,7 @@ def train(
         kept_rows = log.rows
     logged = len(kept_rows)
 
-    def run_probe(epoch: int) -> None:
+    def run_probe(epoch: float) -> None:
         nonlocal logged
         if probe is None or not main:
             return
@@ -250,6 +252,8 @@ def train(
             state["align"] = warm_up(
                 recipe, model, processor, features, data, prefix, described, out_dir, log_warmup, show
             )
+            if state["align"]["epochs"]:
+                run_probe(WARMED_UP)
         state["seconds"] = time.perf_counter() - started
         checkpoint(0)
     prefix_length = len(data.prefix)

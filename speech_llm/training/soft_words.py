@@ -136,9 +136,10 @@ def learn_soft_words(
                     group["lr"] = learning_rate_at(step, total, learning_rate * soft.spread, 0.05)
                 optimizer.step()
                 losses, tokens, step = losses + float(loss.detach()), tokens + batch.answer_tokens, step + 1
+                mean = float(loss.detach()) / batch.answer_tokens
+                if log is not None:
+                    log({"soft_step": step, "epoch": epoch + 1, "loss": round(mean, 5)})
                 bar.update()
-                bar.set_postfix(loss=f"{float(loss.detach()) / batch.answer_tokens:.3f}")
+                bar.set_postfix(loss=f"{mean:.3f}")
             mean_loss = losses / max(1, tokens)
-            if log is not None:
-                log({"phase": "soft words", "epoch": epoch + 1, "loss": round(mean_loss, 4)})
     return {"epochs": epochs, "steps": step, "loss": round(mean_loss, 4)}
