@@ -152,12 +152,18 @@ def _facts(folder: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
                 ("Trained", f"{trained / 1e6:.2f} M parameters; the text LLM and the encoder stayed frozen")
             )
     if training.get("steps"):
-        facts.append(
-            (
-                "Training",
-                f"{training['rows']:,} rows, {training['epochs']} epochs, {training['steps']:,} steps",
+        align = training.get("align") or {}
+        words = align.get("soft_words") or {}
+        parts = [f"{training['rows']:,} rows"]
+        if words.get("steps"):
+            parts.append(f"soft words without sound {words['steps']:,} steps")
+        if align.get("epochs"):
+            parts.append(
+                f"connector aligned to them {align['epochs']} times through the clips (it then names {100 * align['named']:.1f} % "
+                "of what these are labelled with)"
             )
-        )
+        parts.append(f"answers on sound {training['steps']:,} steps")
+        facts.append(("Training", ", ".join(parts)))
     if times:
         facts.append(("Time", f"{total / 60:.1f} minutes ({', '.join(times)})"))
     return facts

@@ -286,7 +286,10 @@ def _estimate(
         answers += tasks * min(per_task, limit or per_task)
     asr = by_role.get("speech recognition", {})
     operations = {
-        "describe": (asked + tests) * 2 * asr.get("parameters", 0) * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
+        "describe": (asked + tests)
+        * 2
+        * asr.get("parameters", 0)
+        * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
         "targets": rows * NEW_ANSWERS * min(recipe.targets.attempts, 1.5) * answer_cost,
         "train": (recipe.optimizer.epochs + recipe.optimizer.soft_word_epochs)
         * (rows * row_tokens * 4 * llm["parameters"])
