@@ -41,7 +41,7 @@ FRAMES_PER_S = 50  # of Whisper and of wav2vec2-like encoders
 TYPICAL_CLIP_S = 3.0  # where the clips are not there to be measured
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 25  # what prompts share is run once
 NEW_ANSWERS = 0.4  # equal questions are answered once
-ROW_TOKENS = 30  # a training row behind its clip's shared prefix
+ROW_TOKENS = 25  # a training row behind its clip's shared prefix
 ALIGN_OPERATIONS = 1e9  # of the connector for one clip, there and back
 RUNTIME_GB = 0.9  # Python, PyTorch and the libraries
 
@@ -277,6 +277,10 @@ def _estimate(
         + (recipe.model.connector.queries if recipe.model.connector.type == "qformer" else 20)
         / recipe.targets.prompts_per_clip
     )
+    on_sound = recipe.optimizer.epochs * rows * row_tokens
+    if recipe.optimizer.max_steps is not None:
+        per_step = recipe.optimizer.batch_tokens * recipe.optimizer.accumulate
+        on_sound = min(on_sound, recipe.optimizer.max_steps * per_step)
     answer_cost = 2 * llm["parameters"] * (PROMPT_TOKENS + ANSWER_TOKENS)
     tasks = len(recipe.eval.attributes) + recipe.eval.transcript
     per_task = tests * (recipe.eval.prompts_per_clip or 2)
@@ -291,8 +295,7 @@ def _estimate(
         * asr.get("parameters", 0)
         * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
         "targets": rows * NEW_ANSWERS * min(recipe.targets.attempts, 1.5) * answer_cost,
-        "train": (recipe.optimizer.epochs + recipe.optimizer.soft_word_epochs)
-        * (rows * row_tokens * 4 * llm["parameters"])
+        "train": (recipe.optimizer.soft_word_epochs * rows * row_tokens + on_sound) * 4 * llm["parameters"]
         + recipe.optimizer.align_epochs * count["train"] * ALIGN_OPERATIONS
         + all_clips * 2 * encoder_parameters * clips["mean_s"] * FRAMES_PER_S
         + (recipe.optimizer.epochs + 2) * recipe.eval.json_probe.limit * answer_cost,
@@ -453,7 +456,7 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
             f"  {'memory, disk':18} about {estimate['memory_gb']:g} GB, {estimate['disk_gb']:g} GB ({estimate['precision']})"
         )
         lines.append(
-            f"  {'time':18} about {sum(estimate['minutes'].values()):.0f} minutes ({minutes}); a rough guess, within a factor of 3"
+            f"  {'time':18} about {sum(estimate['minutes'].values()):.0f} minutes ({minutes}); a rough guess, within a factor of 3, more on a busy machine"
         )
     elif not recipe["problems"]:
         lines.append("  no estimate: the models' sizes are known once they are fetched")
