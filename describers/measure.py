@@ -59,15 +59,15 @@ def load(manifests: Sequence[Path], limit: int, least_s: float = 0.0, **wanted: 
             path = manifest.parent / row["audio"]
             clips.append(Clip(row.get("id", row["audio"]), path, len(samples) / SAMPLE_RATE_HZ, samples, row))
     if not clips:
-        raise UserError(f"{', '.join(map(str, manifests))}: no line is long enough and has the columns needed")
+        raise UserError(
+            f"{', '.join(map(str, manifests))}: no line is long enough and has the columns needed"
+        )
     return clips
 
 
 def again(clip: Clip, samples: np.ndarray | None = None) -> Clip:
     """The clip with nothing measured yet, with other samples where given."""
-    return Clip(
-        clip.id, clip.path, clip.duration_s, clip.samples if samples is None else samples, clip.row
-    )
+    return Clip(clip.id, clip.path, clip.duration_s, clip.samples if samples is None else samples, clip.row)
 
 
 def speed(clips: Sequence[Clip]) -> Iterator[str]:
@@ -152,7 +152,9 @@ def counts(values: Sequence[str]) -> str:
 def noise(clips: Sequence[Clip], noises: Sequence[tuple[str, np.ndarray]]) -> Iterator[str]:
     """SNR found less SNR mixed, for each noise; the reference level is that of the speech without its pauses."""
     own = [found["snr_db"].value for found in NoiseDescriber().describe(list(clips)) if "snr_db" in found]
-    yield f"{len(clips)} clips; as they are: told of {len(own)}, median {np.median(own):.0f} dB" if own else ""
+    yield (
+        f"{len(clips)} clips; as they are: told of {len(own)}, median {np.median(own):.0f} dB" if own else ""
+    )
     yield "noise            " + "".join(f"{snr_db:>16} dB" for snr_db in SNRS_DB)
     for name, sound in noises:
         cells = []
@@ -160,7 +162,9 @@ def noise(clips: Sequence[Clip], noises: Sequence[tuple[str, np.ndarray]]) -> It
             told = NoiseDescriber().describe([again(clip, mixed(clip, sound, snr_db)) for clip in clips])
             off = np.array([found["snr_db"].value - snr_db for found in told if "snr_db" in found])
             cells.append(
-                f"{np.median(off):+5.1f} {np.mean(np.abs(off) <= 3):4.0%} of {len(off):2}" if len(off) else "-"
+                f"{np.median(off):+5.1f} {np.mean(np.abs(off) <= 3):4.0%} of {len(off):2}"
+                if len(off)
+                else "-"
             )
         yield f"{name:16} " + "".join(f"{cell:>19}" for cell in cells)
     yield "each cell: median error in dB, share within 3 dB, of so many clips that a number is told of"

@@ -65,9 +65,7 @@ class PitchDescriber:
         voiced = voiced[voiced > 0]
         if len(voiced):
             lower, upper = np.quantile(voiced, [0.25, 0.75])
-            voiced = voiced[
-                (voiced >= FLOOR_OF_QUARTILE * lower) & (voiced <= CEILING_OF_QUARTILE * upper)
-            ]
+            voiced = voiced[(voiced >= FLOOR_OF_QUARTILE * lower) & (voiced <= CEILING_OF_QUARTILE * upper)]
         if len(voiced) * HOP_S < LEAST_VOICED_S:
             return {}
         median_hz = float(np.median(voiced))

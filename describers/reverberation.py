@@ -38,7 +38,7 @@ LEAST_SNR_DB = 15.0
 LOWEST_S, HIGHEST_S = 0.2, 2.0
 # Studios and furnished small rooms have 0.2 to 0.4 s (ITU-R BS.1116); 0.7 s is the limit for larger classrooms, beyond
 # which speech suffers (ANSI/ASA S12.60). The word is left out within the usual error of a limit.
-LITTLE_S, STRONG_S = 0.4, 0.7
+DRY_S, REVERBERANT_S = 0.4, 0.7
 _WORD_MARGIN = 1.15
 # An impulse: nearly all before its peak is quiet, and its decay (Schroeder 1965) is a straight line from -5 to -25 dB.
 _ONSET_S = 0.05
@@ -46,7 +46,7 @@ _STRAIGHT = 0.995
 
 
 class ReverberationDescriber:
-    """`rt60_s` (seconds in which a sound falls by 60 dB), `reverberation` (little, some, strong).
+    """`rt60_s` (seconds in which a sound falls by 60 dB), `reverberation` (dry, slightly reverberant, reverberant).
 
     Of speech of at least 2 s, not noisier than 15 dB; of an impulse (a clap, an impulse response) the number only.
     """
@@ -71,17 +71,17 @@ class ReverberationDescriber:
         how = "steepest falls of the speech in 8 bands"
         found = {"rt60_s": Attribute(round(rt60, 2), "s", how=how)}
         if (word := reverberation_band(rt60)) is not None:
-            limits = f"little is below {LITTLE_S:g} s, strong above {STRONG_S:g} s"
+            limits = f"dry is below {DRY_S:g} s, reverberant above {REVERBERANT_S:g} s"
             found["reverberation"] = Attribute(word, how=f"{how}, {limits}")
         return found
 
 
 def reverberation_band(rt60_s: float) -> str | None:
-    """little, some or strong; None too near to a limit to tell."""
-    for limit in (LITTLE_S, STRONG_S):
+    """dry, slightly reverberant or reverberant; None too near to a limit to tell."""
+    for limit in (DRY_S, REVERBERANT_S):
         if limit / _WORD_MARGIN < rt60_s < limit * _WORD_MARGIN:
             return None
-    return "little" if rt60_s < LITTLE_S else "strong" if rt60_s > STRONG_S else "some"
+    return "dry" if rt60_s < DRY_S else "reverberant" if rt60_s > REVERBERANT_S else "slightly reverberant"
 
 
 def speech_rt60_s(slopes: Sequence[np.ndarray]) -> float:

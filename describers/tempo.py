@@ -11,7 +11,6 @@ import scipy.signal
 from describers.pitch import HOP_S, voiced_pitch
 from describers.records import Attribute, Clip, windows
 from describers.speech_activity import speech_activity
-from speech_llm.audio import SAMPLE_RATE_HZ
 
 # Shorter gaps are articulation (Goldman-Eisler 1968: pauses from 250 ms on).
 LEAST_PAUSE_S = 0.25
