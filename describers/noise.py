@@ -25,16 +25,16 @@ _BEFORE_S, _AFTER_S = 0.05, 0.1
 LEAST_PAUSES_S = 0.3
 LEAST_SPEECH_S = 0.3
 # Frames in pauses this much louder than their median are breaths, clicks, a missed word: events, not the noise.
-_EVENT_DB = 6.0
+_EVENT_DB = 10.0
 # Digital silence has no noise: padding, or a gate that cut it away (16-bit rounding noise lies at -98 dBFS).
 _ALIVE_DBFS = -90.0
 # Smoothing over 5 frames, then the 3 % quantile: of four settings the one nearest the truth between 0 and 30 dB.
 _SMOOTH, _QUANTILE = 5, 0.03
 # Beyond this the speech's own decay and the recorder decide, not the room.
 HIGHEST_DB = 45.0
-# The floor in speech without pauses is the speech's own decay from here on, so that the noise may well be weaker; and so
-# far above the limit of "clean" the word is certain all the same.
-HIGHEST_WITHOUT_PAUSES_DB = 20.0
+# The floor in speech without pauses may be the speech itself from here on (11 dB in clean synthetic speech of vowels
+# alone), so that the noise may well be weaker; far above the limit of "clean" the word is certain all the same.
+HIGHEST_WITHOUT_PAUSES_DB = 8.0
 CLEAN_WITHOUT_PAUSES_DB = 28.0
 # 15 dB is the least for effortless listening (ANSI/ASA S12.60, and full modulation transfer in IEC 60268-16: STI rises
 # with SNR up to +15 dB). 10 dB more halve the loudness of the noise again (Stevens 1955); then it is hardly noticed.
@@ -46,7 +46,7 @@ class NoiseDescriber:
 
     For noise that is as steady as a fan, rain or traffic; a sound that comes and goes counts as far as it falls into
     pauses. Measured within 3 dB between 0 and 30 dB for steady noise. Reverberation counts as noise where it
-    fills the pauses. Nothing without 0.3 s of speech. Speech without pauses hides weak noise: from 20 dB on there is no
+    fills the pauses. Nothing without 0.3 s of speech. Speech without pauses hides weak noise: from 8 dB on there is no
     number, and only from 28 dB on a word again, "clean".
     """
 

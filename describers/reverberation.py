@@ -27,6 +27,9 @@ _FRAME, _HOP = 512, 128  # 32 ms every 8 ms
 # Eight bands with equal ratios in the telephone's range, each wide enough that its envelope does not flutter.
 _EDGES = np.round(np.geomspace(250, 3400, 9) / SAMPLE_RATE_HZ * _FRAME).astype(int)
 _SMOOTH = 5
+# A floor under every band, relative to its loudest frames: falls into digital silence (a gate, padding, synthesis) are no
+# room's, and recordings have a floor of their own about there.
+_FLOOR_DB = -40.0
 # Lengths of the lines in frames, and the share of their slopes that counts as steepest.
 _LINES = (16, 32)
 _STEEPEST = 0.01
@@ -108,6 +111,7 @@ def fall_slopes(samples: np.ndarray) -> list[np.ndarray]:
     spectra = np.fft.rfft(frames * window, axis=1)
     power = np.square(spectra.real) + np.square(spectra.imag)
     bands = np.add.reduceat(power, _EDGES, axis=1)[:, :-1]
+    bands = bands + 10 ** (_FLOOR_DB / 10) * np.quantile(bands, 0.99, axis=0)
     sums = np.concatenate([np.zeros((1, bands.shape[1])), np.cumsum(bands, axis=0, dtype=np.float64)])
     level_db = 10 * np.log10(np.maximum((sums[_SMOOTH:] - sums[:-_SMOOTH]) / _SMOOTH, 1e-12))
     slopes = []
