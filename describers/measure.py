@@ -34,7 +34,7 @@ from describers.reverberation import (
     steepest_rt60_s,
 )
 from describers.speech_activity import speech_activity
-from describers.tempo import PausesDescriber, SpeedDescriber, count_words
+from describers.tempo import SYLLABLES_PER_NUCLEUS, PausesDescriber, SpeedDescriber, count_words
 from describers.volume import VolumeDescriber
 from speech_llm.audio import SAMPLE_RATE_HZ, load_audio
 from speech_llm.errors import UserError
@@ -128,9 +128,10 @@ def tempo(clips: Sequence[Clip]) -> Iterator[str]:
         first, second = SpeedDescriber().describe([known, again(clip)])
         if first and second:
             by_words.append((first["words_per_minute"].value, first["speed"].value))
-            by_nuclei.append((second["syllables_per_s"].value, second["speed"].value))
+            word = second["speed"].value if "speed" in second else "(no word)"
+            by_nuclei.append((second["syllables_per_s"].value, word))
     words = np.array([rate for rate, _ in by_words])
-    nuclei = np.array([rate for rate, _ in by_nuclei])
+    nuclei = np.array([rate for rate, _ in by_nuclei]) / SYLLABLES_PER_NUCLEUS
     bands = [(one[1], other[1]) for one, other in zip(by_words, by_nuclei, strict=True)]
     yield (
         f"{len(words)} clips: words/min median {np.median(words):.0f} (5 to 95 % {np.quantile(words, 0.05):.0f} to "

@@ -123,9 +123,9 @@ def test_level_is_the_root_mean_square_without_the_offset(level: float, offset: 
 
 @pytest.mark.assets
 def test_level_of_speech_leaves_its_pauses_out(espeak_dir: Path) -> None:
-    speech = spoken()
-    sound = speech[np.abs(speech) > 1e-4]
-    true_dbfs = 10 * np.log10(np.mean(np.square(sound)))
+    speech = spoken(text="the boat sails over the big lake")
+    sounding = np.flatnonzero(np.abs(speech) > 1e-3)
+    true_dbfs = 10 * np.log10(np.mean(np.square(speech[sounding[0] : sounding[-1]])))
     padded = np.concatenate([speech, np.zeros(5 * SAMPLE_RATE_HZ, np.float32)])
     found = VolumeDescriber().describe([clip(padded), clip(padded / 10), clip(np.clip(50 * padded, -1, 1))])
     assert found[0]["level_dbfs"].value == pytest.approx(true_dbfs, abs=0.5)
@@ -207,7 +207,7 @@ def test_reverberation_of_speech_follows_the_room(espeak_dir: Path) -> None:
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize(("words_per_minute", "band"), [(115, "slow"), (170, "normal"), (250, "fast")])
+@pytest.mark.parametrize(("words_per_minute", "band"), [(100, "slow"), (170, "normal"), (250, "fast")])
 def test_speed_of_known_words_per_minute(espeak_dir: Path, words_per_minute: int, band: str) -> None:
     from speech_llm.synthesis import espeak
 
