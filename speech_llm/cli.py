@@ -146,6 +146,7 @@ def train(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = 
 Examples:
   speech-llm describe recordings/ --out described.jsonl
   speech-llm describe my/metadata.jsonl --out described.jsonl --use duration,transcript,labels --label sex=gender --label emotion=emotion
+  speech-llm describe recordings/ --out described.jsonl --use duration,pitch,volume,speed,pauses,noise,reverberation
   speech-llm describe openslr/librispeech_asr:clean/test --out described.jsonl --use duration
 Inputs that cannot be used go to described.rejects.jsonl with the reason. A stopped run goes on with the same command.""",
 )
@@ -164,7 +165,9 @@ def describe(
     use: Annotated[
         str,
         typer.Option(
-            "--use", metavar="NAMES", help="describers, with commas between: duration, transcript, labels"
+            "--use",
+            metavar="NAMES",
+            help="describers, with commas between: duration, transcript, labels, pitch, volume, speed, pauses, noise, reverberation",
         ),
     ] = "duration,transcript",
     label: Annotated[

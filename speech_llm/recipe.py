@@ -170,8 +170,13 @@ class DataSection(Section):
         return self
 
 
+DescriberName = Literal[
+    "duration", "transcript", "labels", "pitch", "volume", "speed", "pauses", "noise", "reverberation"
+]
+
+
 class DescribeSection(Section):
-    use: list[Literal["duration", "transcript", "labels"]] = Field(
+    use: list[DescriberName] = Field(
         default=["duration", "transcript", "labels"], description="describers, in order; the later wins"
     )
     labels: dict[str, Text] = Field(

@@ -78,7 +78,7 @@ def test_a_folder_is_described_recursively_sorted_and_named_relative_to_the_outp
     assert [Path(row["audio"]).is_absolute() for row in rows] == [True] * 3
     assert rows[1]["attributes"] == {"duration": 0.3, "peak": 0.5}
     assert rows[1]["confidence"] == {"peak": 0.9}
-    assert set(rows[1]) == {"id", "audio", "attributes", "confidence", "description"}
+    assert set(rows[1]) == {"id", "audio", "attributes", "confidence", "how", "description"}
     assert (report.described, report.rejected) == (3, 0)
     assert report.coverage == {"duration": 3, "peak": 3}
 
