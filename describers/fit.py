@@ -105,14 +105,14 @@ def fit_probe(
                     vectors[~out], truth[material.owner[~out]], inverse_penalty, len(labels)
                 ).logits(vectors[out])
                 bar.update()
-            of_clips = _of_clips(material, logits)
-            temperature = _temperature(of_clips, truth)
-            loss = _loss(of_clips / temperature, truth)
+            clips = of_clips(material, logits)
+            temperature = _temperature(clips, truth)
+            loss = _loss(clips / temperature, truth)
             if best is None or loss < best[0] - 1e-9:
-                best = (loss, blocks, inverse_penalty, of_clips, temperature)
+                best = (loss, blocks, inverse_penalty, clips, temperature)
     assert best is not None
-    _, blocks, inverse_penalty, of_clips, temperature = best
-    probabilities = normalised(of_clips / temperature)
+    _, blocks, inverse_penalty, clips, temperature = best
+    probabilities = normalised(clips / temperature)
     guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
     threshold, _ = choose_threshold(sure, guess == truth, precision)
     vectors = material.vectors(blocks)
@@ -211,12 +211,15 @@ def _with_enough_speakers(attribute: str, material: Material) -> Material:
     return material
 
 
-def _of_clips(material: Material, logits: np.ndarray) -> np.ndarray:
-    """(clips, labels): logits of each clip's windows, averaged by length, copies left out; as `voting.judge` does it."""
-    weight = np.where(material.copy > 0, 0.0, material.seconds)
+def of_clips(material: Material, logits: np.ndarray, share: np.ndarray | None = None) -> np.ndarray:
+    """(clips, labels): logits of each clip's windows, averaged by length, copies left out; as `voting.judge` does it.
+
+    `share`: (rows,) a further weight of each window.
+    """
+    weight = np.where(material.copy > 0, 0.0, material.seconds) * (1.0 if share is None else share)
     sums = np.zeros((len(material.labels), logits.shape[1]))
     np.add.at(sums, material.owner, logits * weight[:, None])
-    return sums / np.bincount(material.owner, weight, len(sums))[:, None]
+    return np.asarray(sums / np.bincount(material.owner, weight, len(sums))[:, None])
 
 
 def _loss(logits: np.ndarray, truth: np.ndarray) -> float:

@@ -2,18 +2,19 @@
 
 In: an item of `--use` (or of a recipe's `describe.use`): `gender` (a probe that comes with the package),
 `emotion=my/emotion.safetensors` (a probe that `fit-describer` wrote), `emotion=OWNER/NAME` or `emotion=some/folder` (an
-audio-classification model of transformers). Out: the describer, or a sentence that says how to get one.
+audio-classification model of transformers; for `language` also a multilingual Whisper). Out: the describer, or a sentence that says how to get one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from describers.records import Describer
 from describers.vocabulary import SYNONYMS
-from speech_llm.errors import UserError
+from speech_llm.errors import UserError, nearest
+from speech_llm.files import read_json
 
 PROBES = Path(__file__).parent / "probes"
 LabelMap = Mapping[str, "str | None"]
@@ -36,35 +37,58 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PROBES.glob("*.safetensors"))}
 
 
-def attribute_describer(item: str, label_map: LabelMap | None = None) -> Describer | None:
-    """The describer that an item of `--use` names; None for a name that means nothing here.
+def attribute_describer(
+    item: str, label_map: LabelMap | None = None, others: Sequence[str] = ()
+) -> Describer:
+    """The describer that an item of `--use` names. `others`: names that are known besides, for the message.
 
-    Raises `UserError`: no such file or model, a probe of another attribute, an attribute that nothing is known to tell.
+    Raises `UserError`: no such file or model, a probe of another attribute, a name that means nothing.
     """
-    attribute, equals, reference = (part.strip() for part in item.partition("="))
-    check_name(item)
+    check_name(item, others)
     from describers.classifier import ClassifierDescriber  # torch: only once a describer is really made
     from describers.probe import ProbeDescriber
 
-    if not equals:
-        return ProbeDescriber(shipped()[attribute]) if attribute in shipped() else None
+    attribute, _, reference = (part.strip() for part in item.partition("="))
+    if not reference:
+        return ProbeDescriber(shipped()[attribute])
     if Path(reference).suffix == ".safetensors" or Path(reference).is_file():
         probe = ProbeDescriber(reference)
         if probe.attributes != (attribute,):
             raise UserError(f"{reference}: this probe tells {probe.attributes[0]!r}, not {attribute!r}")
         return probe
+    if attribute == "language" and _transcribes(reference):
+        from describers.language import LanguageDescriber
+
+        return LanguageDescriber(reference)
     return ClassifierDescriber(reference, attribute, label_map)
 
 
-def check_name(item: str) -> None:
-    """Raise `UserError` for an item that names no describer although it looks like one; nothing is loaded."""
+def check_name(item: str, others: Sequence[str] = ()) -> None:
+    """Raise `UserError` for an item that names no describer, nothing being loaded. `others`: names that are known besides."""
     attribute, equals, reference = (part.strip() for part in item.partition("="))
-    if equals and not (attribute and reference):
-        raise UserError(
-            f"{item!r}: expected ATTRIBUTE=FILE or ATTRIBUTE=MODEL, for example gender=my/gender.safetensors"
-        )
-    if not equals and attribute not in shipped() and (attribute in LEARNED or attribute in SYNONYMS):
+    if equals:
+        if not attribute or not reference:
+            raise UserError(
+                f"{item!r}: expected ATTRIBUTE=FILE or ATTRIBUTE=MODEL, for example gender=my/gender.safetensors"
+            )
+        return
+    if attribute in others or attribute in shipped():
+        return
+    if attribute in LEARNED or attribute in SYNONYMS:
         raise UserError(f"no describer of {attribute!r} comes with the package. {how_to_get(attribute)}")
+    known = [*others, *shipped()]
+    raise UserError(
+        f"unknown describer {attribute!r}; there are {', '.join(known)}, and ATTRIBUTE=FILE or ATTRIBUTE=MODEL."
+        + nearest(attribute, known)
+    )
+
+
+def _transcribes(reference: str) -> bool:
+    """Whether a model is a Whisper that writes text (and so begins with the language), rather than a classifier."""
+    from speech_llm.assets import resolve
+
+    config = read_json(resolve(reference) / "config.json")
+    return config.get("model_type") == "whisper" and "Classification" not in str(config.get("architectures"))
 
 
 def how_to_get(attribute: str) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from describers.compose import FORMS, compose
 from describers.inputs import Entry, count_entries, listing_files, read_entries
-from describers.named import LabelMap, attribute_describer, shipped
+from describers.named import LabelMap, attribute_describer
 from describers.records import Attribute, Clip, Describer
 from describers.scoring import score
 from describers.simple import DurationDescriber, LabelsDescriber
@@ -332,15 +332,8 @@ def _named_describers(
         elif name == "labels":
             made.append(LabelsDescriber(label_columns))
         else:
-            attribute = name.partition("=")[0].strip()
-            learned = attribute_describer(name, (label_maps or {}).get(attribute))
-            if learned is None:
-                known = [*DESCRIBERS, *shipped()]
-                raise UserError(
-                    f"unknown describer {name!r}; there are {', '.join(known)}, and ATTRIBUTE=FILE or ATTRIBUTE=MODEL."
-                    + nearest(name, known)
-                )
-            made.append(learned)
+            label_map = (label_maps or {}).get(name.partition("=")[0].strip())
+            made.append(attribute_describer(name, label_map, DESCRIBERS))
     return made
 
 

@@ -305,7 +305,7 @@ def test_a_damaged_probe_file_is_a_sentence(probe_file: Path, tmp_path: Path, da
     elif damage != "absent":
         data = probe_file.read_bytes()
         path.write_bytes({"empty": b"", "cut": data[: len(data) // 2]}.get(damage, b"PK" * 100))
-    with pytest.raises(UserError, match="damaged.safetensors: "):
+    with pytest.raises(UserError, match=r"damaged\.safetensors: "):
         ProbeDescriber(path)
 
 
