@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from describers.features import BLOCKS, shared_features
 from describers.fit import DEFAULT_ENCODER, fit_probe, of_clips
-from describers.material import Change, Material, read_material
+from describers.material import Change, Material, joined, read_material
 from describers.named import shipped
 from describers.perturb import add_noise, at_random, telephone
 from describers.probe import Probe, load_probe
@@ -140,39 +140,38 @@ class Corpus:
                 material = _load(kept)
             else:
                 print(f"{name}: encoding {len(rows):,} clips", file=sys.stderr)
-                material = read_material(
-                    [listing],
-                    "id",
-                    shared_features(self.encoder),
-                    changes=CHANGES,
-                    progress=self.progress,
-                    out=Path(f"{name}.jsonl"),
-                )
+                material = self._encode(listing)
                 if kept is not None:
                     _save(material, kept)
             self._held[name] = material, rows
         return self._held[name]
 
+    def _encode(self, listing: Path) -> Material:
+        """Clips labelled by their id: those of the train split with a copy to fit on, the others with copies to score."""
+        parts = []
+        for split, copies in (("train", (FITTING,)), ("dev", (NOISE, TELEPHONE))):
+            try:
+                part = read_material(
+                    [listing],
+                    "id",
+                    shared_features(self.encoder),
+                    where={"split": split},
+                    changes=[CHANGES[copy - 1] for copy in copies],
+                    progress=self.progress,
+                    out=Path(f"{listing.parent.name}.jsonl"),
+                )
+            except UserError:  # a data set need not have both
+                continue
+            part.copy = np.array([CLEAN, *copies])[part.copy]
+            parts.append(part)
+        material = joined(parts)
+        if material is None:
+            raise UserError(f"{listing}: no line has 'split' train or dev and a sound")
+        return material
+
 
 # Changes whenever features would.
 CACHE_VERSION = 1
-
-
-def joined(parts: Sequence[Material]) -> Material | None:
-    """Several materials as one."""
-    if not parts:
-        return None
-    starts = np.cumsum([0, *(len(part.labels) for part in parts)])
-    return Material(
-        [label for part in parts for label in part.labels],
-        [group for part in parts for group in part.groups],
-        [digest for part in parts for digest in part.hashes],
-        parts[0].grouped_by,
-        np.concatenate([part.owner + start for part, start in zip(parts, starts[:-1], strict=True)]),
-        np.concatenate([part.copy for part in parts]),
-        np.concatenate([part.seconds for part in parts]),
-        {name: np.concatenate([part.blocks[name] for part in parts]) for name in BLOCKS},
-    )
 
 
 def judged(probe: Probe, material: Material) -> dict[str, Any]:
@@ -181,9 +180,12 @@ def judged(probe: Probe, material: Material) -> dict[str, Any]:
     vectors = material.vectors(probe.about["blocks"])
     known = probe.novelty(vectors) <= float(probe.about["novelty_limit"])
     logits = probe.log_probabilities(vectors)
-    guessed = normalised(of_clips(material, logits))
+    count = len(probe.labels)
+    guessed = normalised(of_clips(material, logits))[:, :count]
     heard = np.bincount(material.owner, known * material.seconds, len(material.labels)) > 0
-    partly = normalised(of_clips(material, logits, np.where(known | ~heard[material.owner], 1.0, 0.0)))
+    partly = normalised(of_clips(material, logits, np.where(known | ~heard[material.owner], 1.0, 0.0)))[
+        :, :count
+    ]
     threshold = probe.about["threshold"]
     sure = partly.max(axis=1)
     told = heard & (sure >= (2.0 if threshold is None else threshold))

@@ -31,7 +31,7 @@ _PAUSE_DB = 35.0
 # Whisper hears padding, so only sounds padded to the same length share a batch; that length is the sound's own, rounded up.
 _QUANTUM_S = 0.5
 _SHORTEST_S = 0.1
-_BATCH_S = 64.0
+_BATCH_S = 32.0
 # Sounds whose vectors are remembered: more than the 192 clips that a describe run works on at a time.
 _REMEMBERED = 512
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from describers.features import shared_features
-from describers.material import Material, describe_material, read_material
+from describers.material import NOTHING, Material, describe_material, joined, read_material
 from describers.perturb import at_random
 from describers.probe import Probe, log_softmax, save_probe
 from describers.scoring import choose_threshold, confusion_table, percent, score
@@ -34,7 +33,9 @@ BLOCK_SETS: tuple[tuple[str, ...], ...] = (
     ("layers", "spectrum", "pitch"),
     ("layers", "thirds", "spectrum", "pitch"),
 )
-INVERSE_PENALTIES = (0.3, 3.0, 30.0)
+INVERSE_PENALTIES = (1.0, 10.0, 100.0)
+# Principal components kept: what varies less than these is mostly the noise of few clips.
+_COMPONENTS = 300
 # Directions of the training clips within which novelty is measured, and the share of other speakers' clips within its limit.
 _DIRECTIONS = 32
 _FAMILIAR = 0.995
@@ -48,6 +49,7 @@ def fit_describer(
     column: str | None = None,
     where: dict[str, str] | None = None,
     group: str = "speaker",
+    background: Sequence[str | Path] = (),
     precision: float = 0.9,
     encoder: str = DEFAULT_ENCODER,
     copies: int = 1,
@@ -75,6 +77,18 @@ def fit_describer(
         progress=progress,
         out=Path(out),
     )
+    if background:
+        of_nothing = read_material(
+            background,
+            attribute,
+            features,
+            label=NOTHING,
+            where=where,
+            changes=(at_random,) * copies,
+            progress=progress,
+            out=Path(out),
+        )
+        material = joined([material, of_nothing]) or material
     probe = fit_probe(attribute, material, features.identity(), precision, licence, progress)
     save_probe(probe, out)
     return probe
@@ -90,47 +104,61 @@ def fit_probe(
 ) -> Probe:
     """The probe that does best on the folds, fitted on everything; `about["folds"]` says how good it was there."""
     material = _with_enough_speakers(attribute, material)
-    labels = sorted(set(material.labels))
+    labels = sorted(set(material.labels), key=lambda label: (label == NOTHING, label))
     truth = np.array([labels.index(label) for label in material.labels])
     folds = disjoint_folds(truth, material.groups)
-    tried = list(itertools.product(BLOCK_SETS, INVERSE_PENALTIES))
-    best: tuple[float, tuple[str, ...], float, np.ndarray, float] | None = None
-    with tqdm(total=len(tried) * len(folds), unit="fit", desc="fit", disable=not progress) as bar:
-        for blocks, inverse_penalty in tried:
+    best: tuple[float, tuple[str, ...], float, np.ndarray, float, float] | None = None
+    total = len(BLOCK_SETS) * len(folds)
+    with tqdm(total=total, unit="fold", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
+        for blocks in BLOCK_SETS:
             vectors = material.vectors(blocks)
-            logits = np.zeros((len(vectors), len(labels)))
+            logits = np.zeros((len(INVERSE_PENALTIES), len(vectors), len(labels)))
+            novelty = np.zeros(len(vectors))
             for held_out in folds:
                 out = held_out[material.owner]
-                logits[out] = _Linear(
-                    vectors[~out], truth[material.owner[~out]], inverse_penalty, len(labels)
-                ).logits(vectors[out])
+                space = _Space(vectors[~out])
+                inside, outside = space.coordinates(vectors[~out]), space.coordinates(vectors[out])
+                for row, inverse_penalty in enumerate(INVERSE_PENALTIES):
+                    weight, bias = _fit_linear(
+                        inside, truth[material.owner[~out]], inverse_penalty, len(labels)
+                    )
+                    logits[row, out] = outside @ weight.T + bias
+                whitened = space.standardised(vectors[out]) @ space.basis().T
+                novelty[out] = np.sqrt(np.mean(np.square(whitened), axis=1))
                 bar.update()
-            clips = of_clips(material, logits)
-            temperature = _temperature(clips, truth)
-            loss = _loss(clips / temperature, truth)
-            if best is None or loss < best[0] - 1e-9:
-                best = (loss, blocks, inverse_penalty, clips, temperature)
+            limit = float(np.quantile(novelty, _FAMILIAR))
+            for row, inverse_penalty in enumerate(INVERSE_PENALTIES):
+                clips = of_clips(material, logits[row])
+                temperature = _temperature(clips, truth)
+                loss = _loss(clips / temperature, truth)
+                if best is None or loss < best[0] - 1e-9:
+                    best = (loss, blocks, inverse_penalty, clips, temperature, limit)
     assert best is not None
-    _, blocks, inverse_penalty, clips, temperature = best
+    _, blocks, inverse_penalty, clips, temperature, limit = best
     probabilities = normalised(clips / temperature)
-    guess, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    # Background is never a guess: it only makes others less sure.
+    told_labels = [label for label in labels if label != NOTHING]
+    guess = probabilities[:, : len(told_labels)].argmax(axis=1)
+    sure = probabilities[np.arange(len(guess)), guess]
     threshold, _ = choose_threshold(sure, guess == truth, precision)
     vectors = material.vectors(blocks)
-    final = _Linear(vectors, truth[material.owner], inverse_penalty, len(labels))
+    space = _Space(vectors)
+    weight, bias = _fit_linear(
+        space.coordinates(vectors), truth[material.owner], inverse_penalty, len(labels)
+    )
     about = {
         "attribute": attribute,
-        "labels": labels,
+        "labels": told_labels,
         "encoder": encoder,
         "blocks": list(blocks),
         "inverse_penalty": inverse_penalty,
         "temperature": round(temperature, 4),
         "precision": precision,
         "threshold": threshold,
-        "novelty_limit": _novelty_limit(vectors, material, folds),
+        "novelty_limit": round(limit, 4),
         "folds": {
             "count": len(folds),
-            "everything_told": score(material.labels, [labels[i] for i in guess], sure.tolist()),
-            "at_threshold": score(material.labels, *_at_threshold(labels, guess, sure, threshold)),
+            **_fold_scores(material.labels, [labels[i] for i in guess], sure, threshold),
         },
         "data": describe_material(material),
         "licence": licence,
@@ -140,9 +168,8 @@ def fit_probe(
         },
         "fitted": datetime.date.today().isoformat(),
     }
-    return Probe(
-        about, final.mean, final.scale, final.weight, final.bias, _directions(final.standardised(vectors))
-    )
+    in_features = np.asarray(weight @ space.components / space.root, np.float32)
+    return Probe(about, space.mean, space.scale, in_features, bias.astype(np.float32), space.basis())
 
 
 def disjoint_folds(truth: np.ndarray, groups: Sequence[str]) -> list[np.ndarray]:
@@ -162,32 +189,55 @@ def disjoint_folds(truth: np.ndarray, groups: Sequence[str]) -> list[np.ndarray]
     return [mask for mask in masks if mask.any() and not mask.all()]
 
 
-class _Linear:
-    """Standardise, then multinomial logistic regression; everything in float32, as the file keeps it."""
+class _Space:
+    """The directions in which clips differ: features standardised, then their principal components.
 
-    def __init__(self, vectors: np.ndarray, labels: np.ndarray, inverse_penalty: float, count: int) -> None:
-        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    `coordinates(vectors)`: (n, components), in units in which a clip's squared length is about 1. Fitting there instead of
+    on thousands of features costs a tenth, and what is cut off a penalty would have kept small.
+    """
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        from sklearn.utils.extmath import randomized_svd  # type: ignore[import-untyped]
 
         self.mean = vectors.mean(axis=0)
         spread = vectors.std(axis=0)
         # A feature that hardly varies would be blown up by the first clip in which it does.
         self.scale = np.maximum(spread, 1e-2 * np.median(spread) + 1e-6).astype(np.float32)
-        root = np.sqrt(vectors.shape[1])
-        fitted = LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=300)
-        fitted.fit(self.standardised(vectors) / root, labels)
-        weight, bias = fitted.coef_ / root, fitted.intercept_
-        if len(weight) == 1:  # two labels: one score, whose sign decides
-            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-        # A label that a fold has never seen is one that it never guesses.
-        self.weight = np.zeros((count, vectors.shape[1]), np.float32)
-        self.bias = np.full(count, -30.0, np.float32)
-        self.weight[fitted.classes_], self.bias[fitted.classes_] = weight, bias
+        self.root = np.float32(np.sqrt(vectors.shape[1]))
+        standardised = self.standardised(vectors)
+        count = min(_COMPONENTS, *standardised.shape)
+        _, lengths, components = randomized_svd(standardised, count, random_state=0)
+        self.components = components.astype(np.float32)
+        self.spreads = lengths / np.sqrt(len(vectors))
 
     def standardised(self, vectors: np.ndarray) -> np.ndarray:
         return (vectors - self.mean) / self.scale
 
-    def logits(self, vectors: np.ndarray) -> np.ndarray:
-        return self.standardised(vectors) @ self.weight.T + self.bias
+    def coordinates(self, vectors: np.ndarray) -> np.ndarray:
+        return np.asarray(self.standardised(vectors) @ self.components.T / self.root)
+
+    def basis(self) -> np.ndarray:
+        """(directions, features): the main components, each scaled so that clips spread by 1 along it."""
+        most = min(_DIRECTIONS, max(1, len(self.spreads) // 3))
+        kept = max(1, int((self.spreads[:most] > 1e-6).sum()))
+        return np.asarray(self.components[:kept] / self.spreads[:kept, None], np.float32)
+
+
+def _fit_linear(
+    coordinates: np.ndarray, labels: np.ndarray, inverse_penalty: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weight (labels, components) and bias (labels,) of a multinomial logistic regression."""
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+
+    fitted = LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=300)
+    fitted.fit(coordinates, labels)
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(weight) == 1:  # two labels: one score, whose sign decides
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    # A label that a fold has never seen is one that it never guesses.
+    every_weight, every_bias = np.zeros((count, coordinates.shape[1])), np.full(count, -30.0)
+    every_weight[fitted.classes_], every_bias[fitted.classes_] = weight, bias
+    return every_weight, every_bias
 
 
 def _with_enough_speakers(attribute: str, material: Material) -> Material:
@@ -235,35 +285,24 @@ def _temperature(logits: np.ndarray, truth: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def _at_threshold(
-    labels: list[str], guess: np.ndarray, sure: np.ndarray, threshold: float | None
-) -> tuple[list[str | None], list[float | None]]:
-    told = [threshold is not None and confidence >= threshold for confidence in sure]
-    return (
-        [labels[index] if is_told else None for index, is_told in zip(guess, told, strict=True)],
-        [float(confidence) if is_told else None for confidence, is_told in zip(sure, told, strict=True)],
-    )
-
-
-def _directions(standardised: np.ndarray) -> np.ndarray:
-    """(directions, features): principal directions of the clips, each scaled so that they spread by 1 along it."""
-    count = max(1, min(_DIRECTIONS, len(standardised) // 5, standardised.shape[1]))
-    from sklearn.decomposition import PCA  # type: ignore[import-untyped]
-
-    fitted = PCA(count, svd_solver="randomized", random_state=0).fit(standardised)
-    spread = np.sqrt(np.maximum(fitted.explained_variance_, 1e-12))
-    return np.asarray(fitted.components_ / spread[:, None], np.float32)
-
-
-def _novelty_limit(vectors: np.ndarray, material: Material, folds: Sequence[np.ndarray]) -> float:
-    """The novelty that nearly all rows of held-out speakers stay below."""
-    found = np.zeros(len(vectors))
-    for held_out in folds:
-        out = held_out[material.owner]
-        mean, scale = vectors[~out].mean(axis=0), vectors[~out].std(axis=0) + 1e-6
-        basis = _directions((vectors[~out] - mean) / scale)
-        found[out] = np.sqrt(np.mean(np.square(((vectors[out] - mean) / scale) @ basis.T), axis=1))
-    return round(float(np.quantile(found, _FAMILIAR)), 4)
+def _fold_scores(
+    labels: list[str], guesses: list[str], sure: np.ndarray, threshold: float | None
+) -> dict[str, Any]:
+    """How right everything guessed and what is told are on clips that have the attribute; how often background is told."""
+    told = [threshold is not None and bool(confidence >= threshold) for confidence in sure]
+    real = [index for index, label in enumerate(labels) if label != NOTHING]
+    nothing = [index for index, label in enumerate(labels) if label == NOTHING]
+    truth = [labels[index] for index in real]
+    confidence = [float(sure[index]) for index in real]
+    return {
+        "everything_told": score(truth, [guesses[index] for index in real], confidence),
+        "at_threshold": score(
+            truth,
+            [guesses[index] if told[index] else None for index in real],
+            [float(sure[index]) if told[index] else None for index in real],
+        ),
+        "background": {"clips": len(nothing), "told": sum(told[index] for index in nothing)},
+    }
 
 
 def fit_text(probe: Probe) -> str:
@@ -291,5 +330,9 @@ def fit_text(probe: Probe) -> str:
         lines.append(
             f"told from confidence {about['threshold']:.2f} on: {percent(chosen['coverage'])} of clips, of those right "
             f"{percent(chosen['precision'], chosen['precision_95'])} (wanted: {percent(about['precision'])})"
+        )
+    if folds["background"]["clips"]:
+        lines.append(
+            f"of {folds['background']['clips']:,} background clips {folds['background']['told']:,} were told something"
         )
     return "\n".join(lines)

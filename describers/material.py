@@ -25,6 +25,8 @@ from speech_llm.audio import SAMPLE_RATE_HZ, AudioError, audio_hash
 from speech_llm.errors import UserError
 from speech_llm.files import stable_hash
 
+# The label of background: sounds of which the attribute must never be told.
+NOTHING = "(nothing to tell)"
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 # Windows whose features are computed at a time.
 _AT_ONCE = 64
@@ -88,6 +90,7 @@ def read_material(
     features: EncoderFeatures,
     *,
     column: str | None = None,
+    label: str | None = None,
     where: dict[str, str] | None = None,
     group: str = "speaker",
     changes: Sequence[Change] = (at_random,),
@@ -97,6 +100,7 @@ def read_material(
     """Decode and encode every usable line of the manifests (folders, JSONL or CSV files, hub datasets).
 
     `column` (default: the attribute's name) has the label, `group` the speaker; without any, each clip is its own group.
+    `label`: that of every clip, instead of a column's.
     `where`: column -> the value that a line must have. `changes`: what makes a copy of each window under worse conditions,
     the same in every run. `out`: beside it lie the sounds of a hub dataset. Raises `UserError` when no line
     can be used.
@@ -125,8 +129,8 @@ def read_material(
                 if entry.reason is not None and not entry.row:
                     material.aside[_kind(entry.reason)] += 1
                 continue
-            label = entry.row.get(column or attribute)
-            if entry.reason is None and label in (None, ""):
+            given = label or entry.row.get(column or attribute)
+            if entry.reason is None and given in (None, ""):
                 material.aside[f"no label in column {column or attribute!r}"] += 1
                 continue
             try:
@@ -140,7 +144,7 @@ def read_material(
                 continue
             has_group |= entry.row.get(group) not in (None, "")
             index = len(material.labels)
-            material.labels.append(canonical(attribute, label))
+            material.labels.append(label or canonical(attribute, given))
             material.groups.append(str(entry.row.get(group) or f"clip {number} {entry.id}"))
             material.hashes.append(audio_hash(np.concatenate(sounds)))
             for sound in sounds:
@@ -164,6 +168,24 @@ def read_material(
     material.seconds = np.array(seconds)
     material.blocks = {name: np.stack(found) for name, found in rows.items()}
     return material
+
+
+def joined(parts: Sequence[Material]) -> Material | None:
+    """Several materials as one."""
+    if not parts:
+        return None
+    starts = np.cumsum([0, *(len(part.labels) for part in parts)])
+    return Material(
+        [label for part in parts for label in part.labels],
+        [group for part in parts for group in part.groups],
+        [digest for part in parts for digest in part.hashes],
+        parts[0].grouped_by,  # of the first: background has no speakers
+        np.concatenate([part.owner + start for part, start in zip(parts, starts[:-1], strict=True)]),
+        np.concatenate([part.copy for part in parts]),
+        np.concatenate([part.seconds for part in parts]),
+        {name: np.concatenate([part.blocks[name] for part in parts]) for name in BLOCKS},
+        sum((part.aside for part in parts), Counter()),
+    )
 
 
 def _entries(manifests: Sequence[str | Path], out: Path) -> Iterator[tuple[int, Entry]]:

@@ -34,7 +34,8 @@ class Probe:
     `about`: the header's JSON (`attribute`, `labels`, `encoder`, `blocks`, `temperature`, `threshold` or None for "never
     sure", `novelty_limit`, `folds`, `data`, `licence`, ...). `mean`, `scale`: (features,) of the training clips. `weight`:
     (labels, features), `bias`: (labels,). `basis`: (directions, features), the whitened principal directions of the
-    training clips, for `novelty`. All float32.
+    training clips, for `novelty`. All float32. A probe fitted with background has one more row of weight and bias than
+    labels: how much a clip is like something that has no such attribute.
     """
 
     about: dict[str, Any]
@@ -53,7 +54,7 @@ class Probe:
         return list(self.about["labels"])
 
     def log_probabilities(self, vectors: np.ndarray) -> np.ndarray:
-        """(n, labels) calibrated log-probabilities of feature vectors (n, features)."""
+        """(n, labels, then background if it knows any) calibrated log-probabilities of feature vectors (n, features)."""
         logits = ((vectors - self.mean) / self.scale) @ self.weight.T + self.bias
         return log_softmax(logits / float(self.about["temperature"]))
 
@@ -93,7 +94,8 @@ class ProbeDescriber:
             found.append({})
             if probabilities is None or self.threshold is None:
                 continue
-            best = int(probabilities.argmax())
+            # What is most like background has no label that is likely.
+            best = int(probabilities[: len(self.probe.labels)].argmax())
             if probabilities[best] >= self.threshold:
                 found[-1][self.probe.attribute] = Attribute(
                     self.probe.labels[best], confidence=float(probabilities[best]), how=how
@@ -152,10 +154,10 @@ def load_probe(path: str | Path) -> Probe:
         ) from None
     del about["format"]
     probe = Probe(about, **tensors)
-    labels, features = len(probe.labels), len(probe.mean)
-    shapes = {"scale": (features,), "weight": (labels, features), "bias": (labels,)}
+    rows, features = len(probe.bias), len(probe.mean)
+    shapes = {"scale": (features,), "weight": (rows, features), "bias": (rows,)}
     wrong = [name for name, shape in shapes.items() if getattr(probe, name).shape != shape]
-    if wrong or probe.basis.shape[1:] != (features,):
+    if wrong or probe.basis.shape[1:] != (features,) or rows - len(probe.labels) not in (0, 1):
         raise UserError(f"{path}: damaged (its tensors do not fit together); fit it again or fetch it anew")
     return probe
 

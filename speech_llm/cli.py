@@ -298,6 +298,15 @@ def fit_describer(
             show_default=False,
         ),
     ] = None,
+    background: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--background",
+            metavar="INPUT",
+            help="sounds of which nothing must be told, e.g. noises for an attribute of voices; may be given many times",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         float, typer.Option("--precision", metavar="P", help="share of right ones among what is told")
     ] = 0.9,
@@ -336,6 +345,7 @@ def fit_describer(
         column=column,
         where=dict(_pair(item, "--where", "split=train", "COLUMN=VALUE") for item in where or []),
         group=group,
+        background=background or (),
         precision=precision,
         encoder=encoder or DEFAULT_ENCODER,
         copies=copies,
