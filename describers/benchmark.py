@@ -1,10 +1,11 @@
-"""How good probes are on real recordings: `python -m describers.benchmark DATA_DIR --out docs/results/describers.json`.
+"""How good probes are on real recordings: `python -m describers.benchmark DATA_DIR --out results.json --cache CACHE`.
 
 In: a folder of data sets, each with a `metadata.jsonl` whose lines have `audio`, `split` (train or dev), `speaker` and label
 columns. Out: a JSON file and a Markdown table. Every clip is encoded once, as it is and under three worse conditions (one
 drawn at random for fitting, white noise at 5 dB, stored at 8 kHz); `--cache` keeps these features.
 
 Probes are fitted on the train split, everything chosen on folds of it; the dev split (other speakers) is only scored.
+`--fit-shipped DIR` first fits the probes that come with the package, on freely licensed data only.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from describers.features import BLOCKS, shared_features
-from describers.fit import DEFAULT_ENCODER, fit_probe, of_clips
-from describers.material import Change, Material, joined, read_material
+from describers.fit import DEFAULT_ENCODER, fit_probe, fit_text, of_clips
+from describers.material import NOTHING, Change, Material, joined, read_material
 from describers.named import shipped
 from describers.perturb import add_noise, at_random, telephone
-from describers.probe import Probe, load_probe
+from describers.probe import Probe, load_probe, save_probe
 from describers.scoring import percent, score
 from describers.vocabulary import canonical
 from describers.voting import normalised
@@ -93,6 +94,28 @@ ACROSS = (
 NO_SPEECH = ("esc10", "noise_rir")
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """A probe that comes with the package: what it is fitted on, and what nothing must be told of."""
+
+    attribute: str
+    fit_on: tuple[str, ...]
+    precision: float
+    licence: str
+    background: tuple[str, ...] = ("esc10",)
+
+
+SHIPPED = (
+    Shipped(
+        "gender",
+        ("librispeech_gender", "speechocean762", "alphanumeric"),
+        0.98,
+        "LibriSpeech and speechocean762: CC BY 4.0; alphanumeric-audio-dataset: MIT; background ESC-10: CC BY 3.0",
+    ),
+    Shipped("age_group", ("speechocean762",), 0.9, "speechocean762: CC BY 4.0; background ESC-10: CC BY 3.0"),
+)
+
+
 class Corpus:
     """Features and manifest lines of every data set in a folder; encoded when first asked for."""
 
@@ -118,7 +141,7 @@ class Corpus:
             chosen, labels = [], []
             for index, identity in enumerate(material.labels):
                 row = rows[identity]
-                label = "" if attribute is None else row.get(attribute)
+                label = "" if attribute is None else _label(row, attribute)
                 if label is None or (split is not None and row["split"] != split):
                     continue
                 value = "" if attribute is None else canonical(attribute, label)
@@ -170,6 +193,13 @@ class Corpus:
         return material
 
 
+def _label(row: dict[str, Any], attribute: str) -> Any:
+    """The line's label; an age makes an age group where that is not given."""
+    if attribute == "age_group" and row.get("age_group") is None and row.get("age") is not None:
+        return "child" if row["age"] < 16 else "adult"
+    return row.get(attribute)
+
+
 # Changes whenever features would.
 CACHE_VERSION = 1
 
@@ -199,6 +229,19 @@ def judged(probe: Probe, material: Material) -> dict[str, Any]:
         "told": score(material.labels, spoken, [float(p) if t else None for p, t in zip(sure, told, strict=True)]),
         "strange": float(1 - heard.mean()),
     }  # fmt: skip
+
+
+def fit_shipped(corpus: Corpus, spec: Shipped, progress: bool) -> Probe:
+    """A shipped probe, of the train splits."""
+    train = corpus.material(spec.fit_on, spec.attribute, "train", (CLEAN, FITTING))
+    nothing = corpus.material(spec.background, None, "train", (CLEAN, FITTING))
+    if train is None or nothing is None:
+        raise UserError(f"{spec.attribute}: {', '.join(spec.fit_on + spec.background)} are needed to fit it")
+    nothing.labels = [NOTHING] * len(nothing.labels)
+    material = joined([train, nothing])
+    assert material is not None
+    encoder = shared_features(corpus.encoder).identity()
+    return fit_probe(spec.attribute, material, encoder, spec.precision, spec.licence, progress)
 
 
 def run(corpus: Corpus, precision: float, progress: bool) -> dict[str, Any]:
@@ -335,10 +378,17 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps the features")
     parser.add_argument("--encoder", default=DEFAULT_ENCODER, metavar="REF")
     parser.add_argument("--precision", type=float, default=0.9)
+    parser.add_argument(
+        "--fit-shipped", type=Path, metavar="DIR", help="fit the package's probes into this folder"
+    )
     parser.add_argument("--quiet", action="store_true")
     options = parser.parse_args()
     try:
         corpus = Corpus(options.data_dir, options.encoder, options.cache, not options.quiet)
+        for spec in SHIPPED if options.fit_shipped is not None else ():
+            probe = fit_shipped(corpus, spec, not options.quiet)
+            save_probe(probe, options.fit_shipped / f"{spec.attribute}.safetensors")
+            print(fit_text(probe), file=sys.stderr)
         results = run(corpus, options.precision, not options.quiet)
     except UserError as error:
         sys.exit(f"error: {error}")
