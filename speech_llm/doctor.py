@@ -50,7 +50,7 @@ def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[s
     """Look at the machine and, when given, at what a recipe needs.
 
     Returns `{"python", "platform", "cores", "memory_gb", "memory_free_gb", "disk_free_gb", "device", "gflops",
-    "versions", "extras", "cache", "recipe"?}`; `recipe` has `models`, `clips`, `estimate`, `notes` and `problems`,
+    "versions", "extras", "cache", "describers", "recipe"?}`; `recipe` has `models`, `clips`, `estimate`, `notes` and `problems`,
     the last being what keeps the recipe from running.
     """
     from speech_llm.assets import cache_dir
@@ -68,6 +68,7 @@ def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[s
         "versions": {name: _version(name) for name in ("speech-llm", *PACKAGES)},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "cache": {"folder": str(cache_dir()), "assets": _assets()},
+        "describers": _describers(),
     }
     if recipe is not None:
         findings["recipe"] = _needs(recipe, run_dir, findings)
@@ -286,7 +287,10 @@ def _estimate(
         answers += tasks * min(per_task, limit or per_task)
     asr = by_role.get("speech recognition", {})
     operations = {
-        "describe": (asked + tests) * 2 * asr.get("parameters", 0) * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
+        "describe": (asked + tests)
+        * 2
+        * asr.get("parameters", 0)
+        * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
         "targets": rows * NEW_ANSWERS * min(recipe.targets.attempts, 1.5) * answer_cost,
         "train": (recipe.optimizer.epochs + recipe.optimizer.soft_word_epochs)
         * (rows * row_tokens * 4 * llm["parameters"])
@@ -344,6 +348,13 @@ def _assets() -> list[dict[str, Any]]:
             }
         )
     return out
+
+
+def _describers() -> dict[str, Any]:
+    from describers.named import overview
+    from describers.run import DESCRIBERS
+
+    return {"ready": list(DESCRIBERS), "learned": overview()}
 
 
 def _device() -> dict[str, Any]:
@@ -423,7 +434,32 @@ def as_text(findings: dict[str, Any]) -> str:
     for asset in findings["cache"]["assets"]:
         state = "cached" if asset["cached"] else f"fetched when needed, {asset['download_mb']} MB"
         lines.append(f"  {asset['name']:28} {asset['what']:40} {state} ({asset['licence']})")
+    lines += _describer_lines(findings["describers"])
     return "\n".join(lines + (_recipe_lines(findings["recipe"]) if "recipe" in findings else []))
+
+
+def _describer_lines(describers: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"Describers (speech-llm describe --use ...): {', '.join(describers['ready'])}; and by probes:",
+    ]
+    lines += [
+        f"  {row['attribute']:16} {', '.join(row['labels'])}: comes with the package, fitted on {row['clips']:,} clips of "
+        f"{row['speakers']:,} speakers ({row['licence']}); tells {100 * row['coverage']:.0f} % of clips, "
+        f"{100 * row['precision']:.0f} % of them right"
+        for row in describers["learned"]
+        if row["available"]
+    ]
+    missing = [row["attribute"] for row in describers["learned"] if not row["available"]]
+    if missing:
+        lines.append(f"  {', '.join(missing)}: none comes with the package")
+        lines.append(
+            "    fit one:        speech-llm fit-describer ATTRIBUTE MANIFEST --out FILE.safetensors, then --use ATTRIBUTE=FILE.safetensors"
+        )
+        lines.append(
+            "    or a classifier: --use ATTRIBUTE=OWNER/NAME, any audio-classification model of transformers (hub id or folder)"
+        )
+    return lines
 
 
 def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
