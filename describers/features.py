@@ -176,7 +176,7 @@ def _blocks(sound: np.ndarray, layers: np.ndarray) -> dict[str, np.ndarray]:
 def _mel_bank() -> tuple[np.ndarray, np.ndarray]:
     """(mel bins, FFT bins) filters of 40 bands up to 8 kHz, and the cosine transform (cepstra, mel bins)."""
     from librosa.filters import mel
-    from scipy.fft import dct  # type: ignore[import-untyped]
+    from scipy.fft import dct
 
     bank = mel(sr=SAMPLE_RATE_HZ, n_fft=2 * _FRAME, n_mels=40)
     return bank, dct(np.eye(40), axis=0, norm="ortho")[:20]

@@ -279,7 +279,7 @@ def _loss(logits: np.ndarray, truth: np.ndarray) -> float:
 
 def _temperature(logits: np.ndarray, truth: np.ndarray) -> float:
     """What the logits are divided by so that confidence equals accuracy (Guo et al. 2017, arXiv 1706.04599)."""
-    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+    from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(lambda log: _loss(logits / np.exp(log), truth), bounds=(-3, 3), method="bounded")
     return float(np.exp(found.x))

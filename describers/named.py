@@ -111,10 +111,9 @@ def overview() -> list[dict[str, Any]]:
         if attribute in probes:
             about = load_probe(probes[attribute]).about
             row |= {name: about[name] for name in ("labels", "precision", "threshold", "licence")}
-            row |= {
-                "encoder": about["encoder"]["reference"],
-                "coverage": about["folds"]["at_threshold"]["coverage"],
-            }
+            row["encoder"] = about["encoder"]["reference"]
+            on_folds = about["folds"]["at_threshold"]
+            row |= {"coverage": on_folds["coverage"], "precision_on_folds": on_folds["precision"]}
             row |= {"clips": about["data"]["clips"], "speakers": about["data"]["groups"]}
         else:
             row["how_to_get"] = how_to_get(attribute)

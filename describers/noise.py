@@ -24,11 +24,14 @@ _BEFORE_S, _AFTER_S = 0.05, 0.1
 # So many seconds of pauses are enough to measure steady noise.
 LEAST_PAUSES_S = 0.3
 LEAST_SPEECH_S = 0.3
+# The floor under speech without pauses is looked for in this much of it (Martin 2001 takes windows of 1.5 s): a single
+# word has no moment in which every band has fallen to it.
+LEAST_WITHOUT_PAUSES_S = 1.5
 # Frames in pauses this much louder than their median are breaths, clicks, a missed word: events, not the noise.
 _EVENT_DB = 6.0
 # Digital silence has no noise: padding, or a gate that cut it away (16-bit rounding noise lies at -98 dBFS).
 _ALIVE_DBFS = -90.0
-# Smoothing over 5 frames, then the 3 % quantile: of four settings the one nearest the truth between 0 and 30 dB.
+# Smoothing over 5 frames, then the 3 % quantile: `python -m describers.measure noise` shows how near that comes.
 _SMOOTH, _QUANTILE = 5, 0.03
 # Beyond this the speech's own decay and the recorder decide, not the room.
 HIGHEST_DB = 45.0
@@ -44,10 +47,10 @@ NOISY_DB, CLEAN_DB = 15.0, 25.0
 class NoiseDescriber:
     """`snr_db` (power of the speech over power of the noise), `noise` (clean, slightly noisy, noisy).
 
-    For noise that is as steady as a fan, rain or traffic; a sound that comes and goes (hens, a
-    babble of voices) is underestimated, by 4 to 20 dB in docs/results/describers_signal.md. Measured within 3 dB between 0 and 30 dB for steady noise. Reverberation counts as noise where it
-    fills the pauses. Nothing without 0.3 s of speech. Speech without pauses hides weak noise: from 8 dB on there is no
-    number, and only from 28 dB on a word again, "clean".
+    For noise that is as steady as a fan, rain or traffic; a sound that comes and goes (hens, a babble of voices) is
+    underestimated (docs/results/describers_signal.md). Reverberation counts as noise where it fills the pauses. Nothing
+    without 0.3 s of speech, or 1.5 s of it where there are no pauses. Speech without pauses hides weak noise: from 8 dB on
+    there is no number, and only from 28 dB on a word again, "clean".
     """
 
     name = "noise"
@@ -131,6 +134,8 @@ def _measure(clip: Clip) -> Measured | None:
         return None
     speech = sums.speech / sums.speech_frames
     pauses_s = sums.pause_frames * _HOP / SAMPLE_RATE_HZ
+    if pauses_s < LEAST_PAUSES_S and activity.speech_s < LEAST_WITHOUT_PAUSES_S:
+        return None
     if pauses_s < LEAST_PAUSES_S:
         snr_db = _ratio_db(speech, sums.floor / sums.speech_frames)
         how = "speech against the floor of every band, as there are no pauses"

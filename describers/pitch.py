@@ -1,13 +1,8 @@
 """How high a voice is: the fundamental frequency (F0) of the voiced speech, its median, its range, and a word for it.
 
 F0 comes from SwiftF0 (MIT licence), a small convolutional network run by onnxruntime that also says which frames are
-voiced. Compared on 72 speakers of LibriSpeech (one core of an AMD EPYC):
-
-    swift-f0        74 x real time   telephone band moves the median by more than 10 % in 1 clip
-    librosa.yin    193               no voicing decision; in 5-7 % of the voiced frames it is an octave off
-    librosa.pyin    10               too slow for a describer
-
-pyworld has no wheels, and Praat (parselmouth) is GPL.
+voiced. librosa's yin has no such decision, its pyin is slow for a describer, and Praat (parselmouth) is GPL. How fast and
+how steady it is through a telephone: `python -m describers.measure speed` and `... pitch`.
 """
 
 from __future__ import annotations
@@ -31,13 +26,14 @@ LOWEST_HZ, HIGHEST_HZ = 55.0, 600.0
 VOICED = 0.5
 # With less voiced speech than this the median says more about one vowel than about the voice.
 LEAST_VOICED_S = 0.3
-# Hirst (2011, "The analysis by synthesis of speech melody"): F0 of one speaker lies between 0.75 of its lower quartile
-# and 2.5 times its upper quartile even when lively; what lies outside is an octave error or creak.
+# After Hirst (2011): F0 of one speaker lies between 0.75 of its lower quartile and 2.5 times its upper quartile even when
+# lively; what lies outside is taken for an octave error or creak.
 FLOOR_OF_QUARTILE, CEILING_OF_QUARTILE = 0.75, 2.5
-# Means of speaking F0: 119 Hz for men and 207 Hz for women (Traunmüller & Eriksson 1995, European languages), about
-# 255 Hz for children of 7 to 12 years. A voice is medium within 2 semitones of the mean of its group, which is a little
-# less than the standard deviation between speakers (3 semitones among 72 speakers of LibriSpeech). With the gender
-# unknown, low and high are what is unmistakable: below a high man's voice, above a low woman's.
+# Means of speaking F0: 119 Hz for men and 207 Hz for women (Traunmüller & Eriksson 1995, European languages). The 255 Hz of
+# children, some 3.5 semitones above the women, and the 2 semitones around the mean of a group that count as medium are
+# choices of ours: a voice outside them is among the higher or lower ones of its group (speakers of one gender differ by
+# about 3 semitones: `python -m describers.measure pitch`). With the gender unknown, low and high are what is
+# unmistakable: below a high man's voice, above a low woman's.
 MEAN_HZ = {"male": 119.0, "female": 207.0, "child": 255.0}
 MEDIUM_SEMITONES = 2.0
 # A sound that is not speech has a pitch when it is a steady tone: most of it periodic.

