@@ -79,7 +79,6 @@ TASKS = (
     Task("age_group", ("speechocean762",), goal=0.88, simple=0.81),
     Task("native_language", ("alphanumeric",), simple=0.14),
     Task("num_speakers", ("ami_speakers",), simple=0.23),
-    Task("language", ("lang_prompts",)),
 )
 ACROSS = (
     Task("gender", ("librispeech_gender",), ("ravdess",)),
@@ -122,7 +121,7 @@ SHIPPED = (
     Shipped(
         "age_group",
         ("speechocean762",),
-        0.9,
+        0.95,
         "speechocean762: CC BY 4.0; background noises: Apache-2.0, MIT, CC0",
     ),
 )

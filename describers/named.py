@@ -114,7 +114,7 @@ def overview() -> list[dict[str, Any]]:
             row["encoder"] = about["encoder"]["reference"]
             on_folds = about["folds"]["at_threshold"]
             row |= {"coverage": on_folds["coverage"], "precision_on_folds": on_folds["precision"]}
-            row |= {"clips": about["data"]["clips"], "speakers": about["data"]["groups"]}
+            row["clips"] = about["data"]["clips"] - about["folds"]["background"]["clips"]
         else:
             row["how_to_get"] = how_to_get(attribute)
         rows.append(row)

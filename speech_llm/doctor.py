@@ -447,8 +447,8 @@ def _describer_lines(describers: dict[str, Any]) -> list[str]:
         f"Describers (speech-llm describe --use ...): {', '.join(describers['ready'])}; and by probes:",
     ]
     lines += [
-        f"  {row['attribute']:16} {', '.join(row['labels'])}: comes with the package, fitted on {row['clips']:,} clips of "
-        f"{row['speakers']:,} speakers ({row['licence']}); on speakers left out it told {100 * row['coverage']:.0f} % of clips, "
+        f"  {row['attribute']:16} {', '.join(row['labels'])}: comes with the package, fitted on {row['clips']:,} clips "
+        f"({row['licence']}); on speakers left out it told {100 * row['coverage']:.0f} % of clips, "
         f"{percent(row['precision_on_folds'])} of them right"
         for row in describers["learned"]
         if row["available"]
