@@ -18,8 +18,15 @@ FORMS = ("sentence", "desta", "key_value")
 # The order in which attributes are told unless the caller says otherwise; others follow in the order given.
 DEFAULT_ORDER = (
     "transcript", "gender", "age_group", "accent", "language", "speed", "emotion", "pitch", "volume", "keyword", "event",
-    "native_language", "num_speakers", "snr_db", "duration",
+    "native_language", "num_speakers", "pauses", "noise", "reverberation", "pitch_hz", "pitch_range_st", "level_dbfs",
+    "words_per_minute", "syllables_per_s", "pause_share", "snr_db", "rt60_s", "duration",
 )  # fmt: skip
+
+# A number and the word that stands for it: unless the caller asks for the number, the word is enough.
+WORD_FOR = {
+    "pitch_hz": "pitch", "pitch_range_st": "pitch", "level_dbfs": "volume", "words_per_minute": "speed",
+    "syllables_per_s": "speed", "pause_share": "pauses", "snr_db": "noise", "rt60_s": "reverberation",
+}  # fmt: skip
 
 # The wording of the sentence form, all of it. Small LLMs repeat short, complete sentences best, subject first.
 # A key with a dot is the wording for one value; the key before the dot serves every other value.
@@ -36,8 +43,9 @@ WORDING: dict[str, str] = {
     "speed.normal": "at a normal speed",
     "speed.fast": "fast",
     "emotion": "in {article} {value} tone",
-    "pitch": "in {article} {value} voice",
+    "pitch": "with {article} {value}-pitched voice",
     "volume": "in {article} {value} voice",
+    "volume.moderate": "at a moderate volume",
     "saying": '{pronoun}: "{value}"',
     "pronoun": "The speaker says",
     "pronoun.female": "She says",
@@ -59,12 +67,21 @@ WORDING: dict[str, str] = {
     "event.rain": "rain",
     "event.bus": "a bus",
     "event.kitchen": "a kitchen",
+    "noise": "The recording is {value}.",
+    "reverberation": "The recording is {value}.",
+    "pauses": "The speech has {value} pauses.",
+    "pauses.0": "The speech has no pauses.",
+    "pauses.1": "The speech has one pause.",
     "duration": "The recording is {value} long.",
     "other": "The {name} is {value}.",
     "nothing": "Nothing is known about the recording.",
 }
 _OF_SPEAKER = ("gender", "age_group", "accent", "language", "speed", "emotion", "pitch", "volume")
-_UNITS = {"duration": "s", "snr_db": " dB", "pitch_hz": " Hz"}
+_OF_RECORDING = ("noise", "reverberation", "pauses")
+_UNITS = {
+    "duration": "s", "snr_db": " dB", "pitch_hz": " Hz", "pitch_range_st": " semitones", "level_dbfs": " dBFS",
+    "words_per_minute": " words per minute", "syllables_per_s": " syllables per second", "rt60_s": " s",
+}  # fmt: skip
 
 
 def compose(
@@ -79,7 +96,7 @@ def compose(
 
     `attributes`: name -> value (duration in seconds; `segments` a list of `{"start_s", "end_s", "text"}` for the parts
     of a long transcript). `form`: "sentence", "desta" or "key_value". `use`: the attributes to tell, in this order
-    (default: all). `drop`: probability of leaving each one out; the last one left is always told. `shuffle`: tell them
+    (default: all, but no number whose word is told: not the hertz of a high voice). `drop`: probability of leaving each one out; the last one left is always told. `shuffle`: tell them
     in a random order. `seed`: makes both choices. Raises `UserError` for an unknown form.
     """
     if form not in FORMS:
@@ -111,6 +128,7 @@ def _choose(
     }
     if use is None:
         use = [*DEFAULT_ORDER, *(name for name in known if name not in DEFAULT_ORDER)]
+        use = [name for name in use if WORD_FOR.get(name) not in known]
     names = [name for name in use if name in known]
     if drop or shuffle:
         rng = seed if isinstance(seed, random.Random) else random.Random(seed)
@@ -138,7 +156,8 @@ def _sentences(told: dict[str, Any]) -> str:
         said.append(WORDING["event" if said else "event_only"].format(value=sound))
     for name, value in told.items():
         if name not in (*_OF_SPEAKER, "transcript", "keyword", "event", "duration"):
-            said.append(WORDING["other"].format(name=display_name(name), value=_written(name, value)))
+            template = _worded(name if name in _OF_RECORDING else "other", canonical(name, value))
+            said.append(template.format(name=display_name(name), value=_written(name, value)))
     if "duration" in told:
         said.append(WORDING["duration"].format(value=_length(told["duration"])))
     return " ".join(said)

@@ -34,7 +34,9 @@ class Clip:
     """One recording to describe.
 
     `samples`: float32 mono at 16 kHz, shape (n,); None for a recording too long to hold, whose sound is then streamed
-    from `path`. `row`: the manifest line it came from (empty for a bare file).
+    from `path`. `row`: the manifest line it came from (empty for a bare file). `known`: what describers that ran before
+    found (the words for the speed, the gender for the pitch). `measured`: what describers measured on the way and others
+    can use (where speech is, its pitch), so that it is measured once.
     """
 
     id: str
@@ -42,6 +44,8 @@ class Clip:
     duration_s: float
     samples: np.ndarray | None = None
     row: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Attribute] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The sound in consecutive blocks, whether it is held or streamed."""
@@ -52,7 +56,11 @@ class Clip:
 
 
 class Describer(Protocol):
-    """Anything that hears: `describe` returns one dictionary a clip, leaving out what it cannot tell."""
+    """Anything that hears: `describe` returns one dictionary a clip, leaving out what it cannot tell.
+
+    A describer that looks at `Clip.known` has a further field, `reads`: the attributes it looks for. It then runs after
+    the describers that tell them, wherever it was named.
+    """
 
     name: str
     attributes: tuple[str, ...]

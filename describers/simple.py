@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from describers.records import Attribute, Clip
 from describers.vocabulary import SYNONYMS, canonical
 
+# Measured attributes: a manifest's column of this name usually tells which noise was mixed in, not how noisy it is.
+_ONLY_WHEN_ASKED = ("noise", "reverberation")
+
 
 class DurationDescriber:
     """`duration`: length in seconds."""
@@ -23,14 +26,16 @@ class DurationDescriber:
 class LabelsDescriber:
     """Columns of the manifest as attributes: someone already listened.
 
-    `columns`: column -> attribute; by default every column that is named like a known attribute. Values are brought to
-    the vocabulary's spelling ("F" -> "female"); an absent or empty column gives no attribute.
+    `columns`: column -> attribute; by default every column that is named like a known attribute (but for `noise` and
+    `reverberation`, which name other things in manifests). Values are brought to the vocabulary's spelling ("F" -> "female"); an absent or empty column gives no attribute.
     """
 
     name = "labels"
 
     def __init__(self, columns: dict[str, str] | None = None) -> None:
-        self.columns = dict(columns) if columns else {name: name for name in SYNONYMS}
+        self.columns = (
+            dict(columns) if columns else {name: name for name in SYNONYMS if name not in _ONLY_WHEN_ASKED}
+        )
         self.attributes: tuple[str, ...] = tuple(self.columns.values())
 
     def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:

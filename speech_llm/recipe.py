@@ -21,6 +21,7 @@ from pydantic import (
     PrivateAttr,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -170,9 +171,22 @@ class DataSection(Section):
         return self
 
 
+# The describers that need no reference; `describers.run.DESCRIBERS`, which is slow to import, says the same.
+MEASURED = (
+    "duration", "transcript", "labels", "pitch", "volume", "speed", "pauses", "noise", "reverberation",
+)  # fmt: skip
+
+
 class DescribeSection(Section):
-    use: list[Literal["duration", "transcript", "labels"]] = Field(
-        default=["duration", "transcript", "labels"], description="describers, in order; the later wins"
+    use: list[Text] = Field(
+        default=["duration", "transcript", "labels"],
+        description="describers, in order; the later wins: duration, transcript, labels, pitch, volume, speed, pauses, noise, "
+        "reverberation, gender, age_group, "
+        "ATTRIBUTE=FILE of fit-describer, ATTRIBUTE=MODEL of audio classification",
+    )
+    label_maps: dict[str, dict[str, str | None]] = Field(
+        default_factory=dict,
+        description="attribute -> what the labels of its classifier mean; null for nothing",
     )
     labels: dict[str, Text] = Field(
         default_factory=dict, description="manifest column -> attribute, for 'labels'"
@@ -181,6 +195,18 @@ class DescribeSection(Section):
     form: Literal["sentence", "desta", "key_value"] = Field(
         default="sentence", description="how a description is worded"
     )
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, items: list[str]) -> list[str]:
+        from describers.named import check_name
+
+        try:
+            for item in items:
+                check_name(item, MEASURED)
+        except UserError as error:
+            raise PydanticCustomError("describer", "{sentence}", {"sentence": str(error)}) from None
+        return items
 
 
 class TargetsSection(Section):

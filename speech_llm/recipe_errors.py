@@ -65,6 +65,8 @@ def _one_sentence(item: ErrorDetails, root: type[BaseModel], source: Source) -> 
     model = _section_at(item["loc"][:-1], root)
     if kind == "contradiction":
         return f"{where}: {item['msg']}"
+    if kind == "describer":
+        return f"{where}: {name}: {item['msg']}"
     if kind == "extra_forbidden":
         known = list(model.model_fields) if model is not None else []
         inside = f" in {section}" if section else ""

@@ -78,7 +78,7 @@ def test_a_folder_is_described_recursively_sorted_and_named_relative_to_the_outp
     assert [Path(row["audio"]).is_absolute() for row in rows] == [True] * 3
     assert rows[1]["attributes"] == {"duration": 0.3, "peak": 0.5}
     assert rows[1]["confidence"] == {"peak": 0.9}
-    assert set(rows[1]) == {"id", "audio", "attributes", "confidence", "description"}
+    assert set(rows[1]) == {"id", "audio", "attributes", "confidence", "how", "description"}
     assert (report.described, report.rejected) == (3, 0)
     assert report.coverage == {"duration": 3, "peak": 3}
 
@@ -245,8 +245,8 @@ def test_unknown_names_tell_the_nearest_known_one(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.wav")
     with pytest.raises(UserError, match="'transcript'"):
         describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["transcripts"], progress=False)
-    with pytest.raises(UserError, match="labels"):
-        describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["gender"], progress=False)
+    with pytest.raises(UserError, match="labels"):  # one way to an attribute that no describer here tells
+        describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["emotion"], progress=False)
     with pytest.raises(UserError, match="'desta'"):
         describe_inputs(tmp_path, tmp_path / "o.jsonl", use=["duration"], form="dest", progress=False)
     assert not (tmp_path / "o.jsonl").exists()

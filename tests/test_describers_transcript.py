@@ -110,11 +110,11 @@ def test_read_sentences_are_transcribed_with_confidence(describer: TranscriptDes
 def test_the_cheap_encoding_agrees_with_thirty_seconds_of_padding(
     describer: TranscriptDescriber, whisper_dir: Path
 ) -> None:
-    sounds = [samples for samples, _ in recordings("lang_prompts", 6, split="train", longest_s=4.0)]
+    sounds = [samples for samples, _ in recordings("lang_prompts", 4, split="train", longest_s=4.0)]
     whisper = Whisper(str(whisper_dir))
-    cheap, padded = (whisper.transcribe(sounds, 6, padded=padded) for padded in (False, True))
+    cheap, padded = (whisper.transcribe(sounds, 4, padded=padded) for padded in (False, True))
     same = sum(words(a.text) == words(b.text) for a, b in zip(cheap, padded, strict=True))
-    assert same >= 5
+    assert same >= 3
 
 
 @pytest.mark.assets

@@ -120,7 +120,7 @@ def _session(path: str) -> Any:
         import onnxruntime
     except ImportError:
         raise UserError(
-            "the natural voices need ONNX Runtime: install the extra with `pip install 'speech-llm[demo]'`"
+            "the natural voices need ONNX Runtime: install it with `pip install onnxruntime`"
         ) from None
     onnxruntime.set_seed(0)  # both draw the fine timing of a sentence at random
     options = onnxruntime.SessionOptions()

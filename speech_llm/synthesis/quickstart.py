@@ -59,7 +59,7 @@ def build_quickstart(
     if natural_clips and natural.available():
         plans["natural"] = list(natural_plan(natural_clips, seed))
     elif natural_clips:
-        tqdm.write("the natural voices are left out: pip install 'speech-llm[demo]' adds them")
+        tqdm.write("the natural voices are left out: pip install onnxruntime adds them")
     total = sum(len(rows) for rows in plans.values())
     with tqdm(total=total, desc="synthesise", unit="clip", disable=not progress) as bar:
         for split, rows in plans.items():
