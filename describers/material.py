@@ -5,7 +5,6 @@ Lines that cannot be used (no label, no sound, a damaged file, silence) are set 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from describers.features import BLOCKS, EncoderFeatures
 from describers.inputs import Entry, count_entries, read_entries
 from describers.perturb import at_random
-from describers.run import decode_entry
+from describers.run import decode_entry, reason_kind
 from describers.vocabulary import canonical
 from describers.voting import loud_windows
 from speech_llm.audio import SAMPLE_RATE_HZ, AudioError, audio_hash
@@ -127,7 +126,7 @@ def read_material(
             bar.update()
             if any(str(entry.row.get(name)) != value for name, value in (where or {}).items()):
                 if entry.reason is not None and not entry.row:
-                    material.aside[_kind(entry.reason)] += 1
+                    material.aside[reason_kind(entry.reason)] += 1
                 continue
             given = label or entry.row.get(column or attribute)
             if entry.reason is None and given in (None, ""):
@@ -137,7 +136,7 @@ def read_material(
                 clip = decode_entry(entry)
                 sounds = list(loud_windows(clip))
             except AudioError as error:
-                material.aside[_kind(error.reason)] += 1
+                material.aside[reason_kind(error.reason)] += 1
                 continue
             if not sounds:
                 material.aside["silence"] += 1
@@ -192,11 +191,6 @@ def _entries(manifests: Sequence[str | Path], out: Path) -> Iterator[tuple[int, 
     for number, manifest in enumerate(manifests):
         for entry in read_entries(manifest, out):
             yield number, entry
-
-
-def _kind(reason: str) -> str:
-    """ "only 0.050 s of sound; ..." is one kind, whatever the number."""
-    return re.sub(r"\d[\d.]*", "N", re.split(r" \(|;", re.sub(r"'[^']*'", "...", reason))[0])
 
 
 def describe_material(material: Material) -> dict[str, Any]:

@@ -361,8 +361,7 @@ class _Lines:
 
     def _count_reject(self, row: dict[str, Any]) -> None:
         self.report.rejected += 1
-        # "only 0.050 s of sound; ..." and "line 7 is not ..." are one kind each, whatever their numbers
-        kind = re.sub(r"\d[\d.]*", "N", re.split(r" \(|;", re.sub(r"'[^']*'", "...", row["reason"]))[0])
+        kind = reason_kind(row["reason"])
         self.report.reasons[kind] = self.report.reasons.get(kind, 0) + 1
 
     def close(self) -> None:
@@ -379,6 +378,11 @@ class _Lines:
             for path in self._paths:
                 with contextlib.suppress(OSError):
                     JsonlAppender(path).close()  # cuts off a line that a full disk left half-written
+
+
+def reason_kind(reason: str) -> str:
+    """ "only 0.050 s of sound; ..." and "line 7 is not ..." are one kind each, whatever their numbers."""
+    return re.sub(r"\d[\d.]*", "N", re.split(r" \(|;", re.sub(r"'[^']*'", "...", reason))[0])
 
 
 def _named_describers(

@@ -49,6 +49,10 @@ class Group:
     shared: int
     members: list[int] = field(default_factory=list)
 
+    def shared_from(self, start: int) -> int:
+        """Where the prompts' own parts begin; one prompt shares only the first `start` tokens, as all do."""
+        return self.shared if len(self.members) > 1 else start
+
 
 def comparable_ids(prompts: Sequence[Prompt], audio_token_id: int | None = None) -> list[list[int]]:
     """The prompts' ids, audio placeholders replaced by a number of their sounds (or of the prompt, when unnamed).
@@ -136,10 +140,10 @@ def generate(
         if packable
         else [Group(len(p.ids) - 1, [i]) for i, p in enumerate(prompts)]
     )
-    stop, seeds = set(stop_ids), [seed + i for i in range(len(prompts))]
+    stop = set(stop_ids)
     for batch in _batches(groups, prompts, max_new_tokens, batch_tokens):
         members, logits, layers, mask = _prefill(llm, prompts, batch, start, prefix, batch_tokens, packable)
-        generators = [torch.Generator().manual_seed(seeds[i]) for i in members] if temperature > 0 else None
+        generators = [torch.Generator().manual_seed(seed + i) for i in members] if temperature > 0 else None
         sample = _Sampler(temperature, top_p, generators)
         for row, ids in _decode(llm, logits, layers, mask, sample, stop, max_new_tokens):
             answers[members[row]] = ids
@@ -203,7 +207,7 @@ def _prefill(
         positions = torch.zeros(len(packs), width, dtype=torch.long)
         ends = torch.zeros(len(packs), width, dtype=torch.bool)
         for row, group in enumerate(packs):
-            shared = group.shared if len(group.members) > 1 else start
+            shared = group.shared_from(start)
             place = shared - start
             if place:
                 embeds[row, :place] = _embedded(llm, prompts[group.members[0]], start, shared)
@@ -279,7 +283,7 @@ def _pack_batches(
 
 
 def _pack_length(group: Group, prompts: Sequence[Prompt], start: int) -> int:
-    shared = group.shared if len(group.members) > 1 else start
+    shared = group.shared_from(start)
     return shared - start + sum(len(prompts[i].ids) - shared for i in group.members)
 
 

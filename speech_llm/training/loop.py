@@ -191,10 +191,6 @@ def train(
     log = JsonlAppender(out_dir / "log.jsonl") if main else None
     kept_rows: list[dict[str, Any]] = [] if log is None else log.rows
 
-    def write_log(row: dict[str, Any]) -> None:
-        if log is not None:
-            log.append(row)
-
     found = latest_checkpoint(checkpoints)
     first = 0
     if found is not None:
@@ -215,8 +211,13 @@ def train(
         kept_rows = log.rows
     logged = len(kept_rows)
 
-    def run_probe(epoch: float) -> None:
+    def write_log(row: dict[str, Any]) -> None:
         nonlocal logged
+        logged += 1
+        if log is not None:
+            log.append(row)
+
+    def run_probe(epoch: float) -> None:
         if probe is None or not main:
             return
         model.eval()
@@ -224,7 +225,6 @@ def train(
             started = time.perf_counter()
             result = probe(model, processor, epoch)
         write_log({"probe": result, "epoch": epoch, "seconds": round(time.perf_counter() - started, 1)})
-        logged += 1
 
     def checkpoint(step: int) -> None:
         if main:
@@ -243,14 +243,8 @@ def train(
     if first == 0 and found is None:
         run_probe(0)
         if described is not None and settings.align_epochs and fixed_vectors(model):
-
-            def log_warmup(row: dict[str, Any]) -> None:
-                nonlocal logged
-                write_log(row)
-                logged += 1
-
             state["align"] = warm_up(
-                recipe, model, processor, features, data, prefix, described, out_dir, log_warmup, show
+                recipe, model, processor, features, data, prefix, described, out_dir, write_log, show
             )
             if state["align"]["epochs"]:
                 run_probe(WARMED_UP)
@@ -309,7 +303,6 @@ def train(
                     "seconds": round(seconds, 3),
                 }
             )
-            logged += 1
             bar.update()
             bar.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.1e}")
             state["seconds"] = before + time.perf_counter() - began
@@ -398,7 +391,7 @@ def warm_up(
                 data.packs,
                 {clip["audio"]: clip["attributes"] for clip in clips},
                 lambda batch, vectors: batch_loss(model, batch, features, prefix, device, vectors),
-                prefix,
+                prefix_length=len(data.prefix),
                 pad_id=processor.pad_token_id,
                 epochs=settings.soft_word_epochs,
                 learning_rate=settings.soft_word_lr,

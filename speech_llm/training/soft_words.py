@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from describers.vocabulary import display
 from speech_llm.data.packing import Pack, collate, plan_epoch
-from speech_llm.kv_cache import Prefix
 from speech_llm.targets.verify import closed_options
 from speech_llm.training.schedule import learning_rate_at
 
@@ -96,8 +95,8 @@ def learn_soft_words(
     packs: list[Pack],
     attributes: Mapping[str, Mapping[str, Any]],
     loss_of: Callable[[Any, Tensor], Tensor],
-    prefix: Prefix,
     *,
+    prefix_length: int,
     pad_id: int,
     epochs: int,
     learning_rate: float,
@@ -109,10 +108,9 @@ def learn_soft_words(
     """Tune the soft words in place on the answers of `packs`; returns epochs and the last epoch's mean loss.
 
     `attributes`: clip path -> its attributes. `loss_of(batch, vectors)`: summed loss of a batch whose sounds are
-    replaced by `vectors` (clips x vectors, width). `learning_rate` is relative to the distance between words, so that
+    replaced by `vectors` (clips x vectors, width). `prefix_length`: of the constant prefix that the packs leave out. `learning_rate` is relative to the distance between words, so that
     one value fits every LLM. The model stays as it is.
     """
-
     device = model.llm.get_input_embeddings().weight.device
     soft.to(device)
     plan = [plan_epoch(packs, batch_tokens, seed, epoch) for epoch in range(epochs)]
@@ -125,7 +123,7 @@ def learn_soft_words(
         for epoch, batches in enumerate(plan):
             losses, tokens = 0.0, 0
             for indices in batches:
-                batch = collate([packs[i] for i in indices], len(prefix[0][0][0, 0]) if prefix else 0, pad_id)
+                batch = collate([packs[i] for i in indices], prefix_length, pad_id)
                 places = soft.places([attributes.get(clip, {}) for clip in batch.clips]).to(device)
                 loss = loss_of(batch, soft(places).flatten(0, 1))
                 optimizer.zero_grad(set_to_none=True)
