@@ -1,4 +1,4 @@
-# make demo   train a speech LLM on real models and open its report (17 minutes on 2 cores without bfloat16 units, install included)
+# make demo   train a speech LLM on real models and open its report (12 minutes on 2 cores without bfloat16 units, install included)
 # make test   all tests
 # make lint   style, format and types
 # PYTHON=python3.12 make ... chooses the interpreter of the environment.
@@ -22,12 +22,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Installed again only when pyproject.toml changes. Without byte code, which is written where it is used: a minute less.
+# Installed again only when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, and $(PYTHON) is %d.%d; choose another: make $(MAKECMDGOALS) PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "Installing (once; some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev,demo]"
+	@echo "Installing (once; a minute or two)"
+	@$(BIN)/python .ci/install.py $(VENV)
 	@touch $@
 
 clean:

@@ -123,9 +123,11 @@ class SpeechResponder:
         first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
         answered: dict[int, str] = {}
         for has_audio in (True, False):
-            chosen = [
-                i for i in sorted(first_of.values()) if bool(audio_parts(conversations[i])) == has_audio
-            ]
+            # Those about the same sounds side by side: they share its vectors and the LLM's work on them.
+            chosen = sorted(
+                (i for i in first_of.values() if bool(audio_parts(conversations[i])) == has_audio),
+                key=lambda i: ([part["path"] for part in audio_parts(conversations[i])], i),
+            )
             # Embedding the sounds of a few hundred conversations at a time bounds the memory they take.
             for start in range(0, len(chosen), 256):
                 window = chosen[start : start + 256]

@@ -114,3 +114,29 @@ def test_natural_voices_say_the_sentence() -> None:
     for heard in TranscriptDescriber(WHISPER_TINY_EN).describe(clips):
         words = set(normalise_text(heard["transcript"].value).split())
         assert len(words & set(normalise_text(said).split())) >= 6
+
+
+@pytest.mark.assets
+def test_many_clips_are_made_side_by_side_and_are_the_same_as_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    build_quickstart(tmp_path / "many", 30, 3, 4, seed=0, progress=False)
+    monkeypatch.setattr("speech_llm.synthesis.quickstart.WORTH_PROCESSES", 100)
+    build_quickstart(tmp_path / "few", 30, 3, 4, seed=0, progress=False)
+    names = sorted(path.name for path in (tmp_path / "many" / "clips").iterdir())
+    assert len(names) == 37
+    for name in names:
+        same = (tmp_path / folder / "clips" / name for folder in ("many", "few"))
+        assert len({path.read_bytes() for path in same}) == 1, name
+
+
+@pytest.mark.assets
+def test_an_interrupted_part_of_natural_voices_is_made_as_if_it_had_not_been(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    build_quickstart(tmp_path, 1, 1, 8, seed=0, progress=False)
+    last = tmp_path / "clips" / "natural-0007.flac"
+    before = last.read_bytes()
+    last.unlink()
+    build_quickstart(tmp_path, 1, 1, 8, seed=0, progress=False)
+    assert last.read_bytes() == before

@@ -125,7 +125,15 @@ def _session(path: str) -> Any:
     onnxruntime.set_seed(0)  # both draw the fine timing of a sentence at random
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Two clips side by side on two cores are made faster than one after the other with two threads each.
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def start_over() -> None:
+    """Forget the loaded voices, and with them where their random draws had got to."""
+    _piper_voice.cache_clear()
+    _kokoro_voices.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,10 +10,13 @@ and speed is equally frequent, so that no attribute can be guessed from another.
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
+import multiprocessing
+import os
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import soundfile
 import soxr  # type: ignore[import-untyped]
 from tqdm import tqdm
 
+from speech_llm import assets
 from speech_llm.audio import SAMPLE_RATE_HZ
 from speech_llm.errors import UserError
 from speech_llm.files import explain_os_error, write_jsonl
@@ -37,6 +41,11 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 NOISES = ("none", "none", "white", "pink", "hum")
 LEVEL_DBFS = (-30.0, -14.0)
 SNR_DB = (15.0, 35.0)
+# A part is made by one process, clip after clip, from voices loaded afresh: natural voices draw their timing from a
+# generator that goes on from clip to clip, so what is heard depends on the parts and not on how many processes there are.
+NATURAL_PARTS, ESPEAK_PART = 4, 64
+# Fewer clips are made sooner than other processes are started.
+WORTH_PROCESSES = 32
 
 
 def build_quickstart(
@@ -60,15 +69,68 @@ def build_quickstart(
         plans["natural"] = list(natural_plan(natural_clips, seed))
     elif natural_clips:
         tqdm.write("the natural voices are left out: pip install onnxruntime adds them")
-    total = sum(len(rows) for rows in plans.values())
-    with tqdm(total=total, desc="synthesise", unit="clip", disable=not progress) as bar:
-        for split, rows in plans.items():
-            for row in rows:
-                path = out_dir / row["audio"]
-                if not path.exists():
-                    _write(path, _sound(row))
-                bar.update()
-            write_jsonl(out_dir / f"{split}.jsonl", rows)
+    # The slow ones first, so that no process is left alone with them at the end.
+    slow = plans.get("natural", [])
+    fast = [*plans["train"], *plans["test"]]
+    missing = {row["id"] for row in (*slow, *fast) if not (out_dir / row["audio"]).exists()}
+    # A part of natural voices is made whole, or an interrupted run would draw other timings than one that was not.
+    parts = [slow[start::NATURAL_PARTS] for start in range(NATURAL_PARTS)]
+    parts = [part for part in parts if any(row["id"] in missing for row in part)]
+    fast = [row for row in fast if row["id"] in missing]
+    parts += [fast[start : start + ESPEAK_PART] for start in range(0, len(fast), ESPEAK_PART)]
+    total = sum(len(part) for part in parts)
+    with tqdm(total=total, desc="synthesise", unit="clip", disable=not progress or not total) as bar:
+        if total < WORTH_PROCESSES:
+            for part in parts:
+                _make_part(part, out_dir, bar.update)
+        else:
+            _side_by_side(parts, out_dir, bar)
+    for split, rows in plans.items():
+        write_jsonl(out_dir / f"{split}.jsonl", rows)
+
+
+def _make_part(rows: list[dict[str, Any]], out_dir: Path, done: Callable[[], Any] | None = None) -> None:
+    natural.start_over()
+    for row in rows:
+        _write(out_dir / row["audio"], _sound(row))
+        (done or _done)()
+
+
+def _side_by_side(parts: list[list[dict[str, Any]]], out_dir: Path, bar: Any) -> None:
+    """Make the parts in as many processes as there are cores; `bar` moves clip by clip."""
+    natural_too = any("words_per_minute" not in part[0] for part in parts)
+    for asset in (assets.ESPEAK, assets.PIPER_JOE, assets.KOKORO)[: 3 if natural_too else 1]:
+        assets.resolve(asset)  # fetched here, before several processes want it
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    finished = context.SimpleQueue()
+    with concurrent.futures.ProcessPoolExecutor(
+        min(cores, len(parts)), context, initializer=_tell_here, initargs=(finished,)
+    ) as pool:
+        waiting = {pool.submit(_make_part, part, out_dir) for part in parts}
+        try:
+            while waiting:
+                ready, waiting = concurrent.futures.wait(waiting, 0.3, concurrent.futures.FIRST_COMPLETED)
+                while not finished.empty():
+                    bar.update(finished.get())
+                for future in ready:
+                    future.result()  # what went wrong there goes wrong here
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_finished: Any = None
+
+
+def _tell_here(finished: Any) -> None:
+    """In a process of its own: where to say that a clip is made."""
+    global _finished
+    _finished = finished
+
+
+def _done() -> None:
+    _finished.put(1)
 
 
 def espeak_plan(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
