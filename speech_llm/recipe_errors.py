@@ -22,9 +22,7 @@ from speech_llm.recipe_file import Key, Source
 PLANNED: dict[str, tuple[str, ...]] = {
     "targets.strategy": ("given", "continuation", "rewrite", "self_output", "minimum_change", "teacher"),
     "mixture": ("replay", "safety", "pseudo_replay", "magpie", "ratio"),
-    "loss.type": ("kl", "dpo", "grpo"),
-    "trainable": ("encoder_lora", "encoder", "llm"),
-    "style": ("pretrain", "preference", "rollout"),
+    "trainable": ("encoder",),
     "": ("phases",),
 }
 

@@ -10,7 +10,7 @@ training learns, because both are written and tokenised by the same code.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,37 @@ def score_rows(
     progress: bool = False,
 ) -> list[AnswerScores]:
     """`score_answers` for rows that are tokens already, without audio: the tokens in the spans of each are scored."""
+    found: dict[int, AnswerScores] = {}
+    with tqdm(total=len(rows), desc="score answers", unit="answer", disable=not progress) as bar:
+        for members, logits, targets in _run(llm, rows, batch_tokens):
+            pieces = [
+                _score(logits[i : i + CHUNK], targets[i : i + CHUNK], top_k, temperature)
+                for i in range(0, len(targets), CHUNK)
+            ]
+            columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+            sizes = [rows[number].answer_tokens for number in members]
+            for number, ids, *values in zip(
+                members, targets.cpu().split(sizes), *(column.split(sizes) for column in columns), strict=True
+            ):
+                found[number] = AnswerScores(ids.tolist(), *values)
+            bar.update(len(members))
+    return [found[number] for number in range(len(rows))]
+
+
+@torch.no_grad()
+def row_logits(llm: Any, rows: Sequence[Row], batch_tokens: int = 4096) -> Tensor:
+    """Logits (n, vocabulary) that predict the tokens in the rows' spans, one row after the other."""
+    found: dict[int, Tensor] = {}
+    for members, logits, _ in _run(llm, rows, batch_tokens):
+        pieces = logits.split([rows[number].answer_tokens for number in members])
+        found.update(zip(members, pieces, strict=True))
+    return torch.cat([found[number] for number in range(len(rows))])
+
+
+def _run(llm: Any, rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """For batches of rows: their numbers, logits (n, vocabulary) at their answers' places, and the tokens (n,) there."""
     if not rows:
-        return []
+        return
     device = llm.get_input_embeddings().weight.device
     window = attention_window(llm.config.get_text_config())
     packable = window is None or max(len(row.ids) for row in rows) <= window
@@ -107,41 +136,26 @@ def score_rows(
     else:  # the LLM's own mask knows how far each of its layers sees
         groups = [[number] for number in range(len(rows))]
     packs = [pack_group([rows[i] for i in members], start) for members in groups]
-    found: dict[int, AnswerScores] = {}
     order = sorted(range(len(packs)), key=lambda i: -len(packs[i].ids))
-    with tqdm(total=len(rows), desc="score answers", unit="answer", disable=not progress) as bar:
-        while order:
-            count = max(1, batch_tokens // len(packs[order[0]].ids))
-            batch_packs, order = order[:count], order[count:]
-            batch = collate([packs[i] for i in batch_packs], start, 0)
-            wanted = (batch.targets != IGNORE).to(device)
-            if packable:
-                mask = additive(batch.mask, llm.get_input_embeddings().weight.dtype)
-            else:
-                lengths = torch.tensor([len(packs[i].ids) for i in batch_packs])
-                mask = (torch.arange(batch.ids.shape[1])[None] < lengths[:, None]).long()
-            with logits_only_at(llm, wanted):
-                logits = llm(
-                    input_ids=batch.ids.to(device),
-                    attention_mask=mask.to(device),
-                    position_ids=batch.positions.to(device),
-                    past_key_values=expanded(prefix, len(batch.ids)) if prefix else None,
-                    use_cache=bool(prefix),
-                ).logits[0]
-            targets = batch.targets.to(device)[wanted]
-            pieces = [
-                _score(logits[i : i + CHUNK], targets[i : i + CHUNK], top_k, temperature)
-                for i in range(0, len(targets), CHUNK)
-            ]
-            columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
-            members = [number for i in batch_packs for number in groups[i]]
-            sizes = [sum(end - first for first, end in rows[number].spans) for number in members]
-            for number, ids, *values in zip(
-                members, targets.cpu().split(sizes), *(column.split(sizes) for column in columns), strict=True
-            ):
-                found[number] = AnswerScores(ids.tolist(), *values)
-            bar.update(len(members))
-    return [found[number] for number in range(len(rows))]
+    while order:
+        count = max(1, batch_tokens // max(1, len(packs[order[0]].ids)))
+        chosen, order = order[:count], order[count:]
+        batch = collate([packs[i] for i in chosen], start, 0)
+        wanted = (batch.targets != IGNORE).to(device)
+        if packable:
+            mask = additive(batch.mask, llm.get_input_embeddings().weight.dtype)
+        else:
+            lengths = torch.tensor([len(packs[i].ids) for i in chosen])
+            mask = (torch.arange(batch.ids.shape[1])[None] < lengths[:, None]).long()
+        with logits_only_at(llm, wanted):
+            logits = llm(
+                input_ids=batch.ids.to(device),
+                attention_mask=mask.to(device),
+                position_ids=batch.positions.to(device),
+                past_key_values=expanded(prefix, len(batch.ids)) if prefix else None,
+                use_cache=bool(prefix),
+            ).logits[0]
+        yield [number for i in chosen for number in groups[i]], logits, batch.targets.to(device)[wanted]
 
 
 def _score(logits: Tensor, targets: Tensor, top_k: int | None, temperature: float) -> tuple[Tensor, ...]:
