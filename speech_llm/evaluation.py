@@ -288,7 +288,7 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
         for _, row in read_jsonl(run_dir / "train" / "log.jsonl")
         if "probe" in row
     ]
-    summary = {"models": results, "probes": probes, "base_probe": base_probe}
+    summary: dict[str, Any] = {"models": results, "probes": probes, "base_probe": base_probe}
     if settings.lora_scale is not None:
         summary["lora_scale"] = settings.lora_scale
     training = run_dir / "model" / "training.json"

@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from speech_llm.errors import UserError, nearest
 from speech_llm.recipe_errors import sentence
-from speech_llm.recipe_file import read_recipe_file
+from speech_llm.recipe_file import Source, read_recipe_file
 from speech_llm.recipe_learning import (
     CrossEntropy,
     LossSection,
@@ -265,6 +265,23 @@ class EvalSection(Section):
     batch_tokens: Positive = Field(default=4096, description="tokens generated side by side")
 
 
+class Phase(Section):
+    """What one phase does otherwise than the rest of the recipe: the same sections, only the keys that differ."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="names the phase, its folder and its tasks"
+    )
+    data: dict[str, Any] | None = Field(default=None, description="where its clips come from")
+    describe: dict[str, Any] | None = Field(default=None, description="from sound to text")
+    targets: dict[str, Any] | None = Field(default=None, description="who writes its answers")
+    mixture: dict[str, Any] | None = Field(default=None, description="what is mixed in")
+    loss: dict[str, Any] | None = Field(default=None, description="how an answer is learned")
+    trainable: dict[str, Any] | None = Field(default=None, description="which parameters move")
+    style: Style | None = Field(default=None, description="where completions come from")
+    optimizer: dict[str, Any] | None = Field(default=None, description="how it is optimised")
+    eval: dict[str, Any] | None = Field(default=None, description="its tasks, tested after every phase")
+
+
 class Recipe(Section):
     """One run. `path` is the file it came from; paths inside it are relative to that file."""
 
@@ -290,12 +307,40 @@ class Recipe(Section):
     )
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="how it is optimised")
     eval: EvalSection = Field(description="what is tested")
+    phases: list[Phase] = Field(
+        default_factory=list,
+        description="trained one after another, each as the rest of the recipe says but for the keys that it gives; "
+        "every phase's tasks are tested after every phase; [] = one training",
+    )
 
     _path: Path = PrivateAttr(default_factory=Path)
+    _phase_recipes: list[Recipe] = PrivateAttr(default_factory=list)
+    _phase_name: str | None = PrivateAttr(default=None)
+    # A trained model that this training goes on from: the phase before it.
+    _start_from: Path | None = PrivateAttr(default=None)
 
     @property
     def path(self) -> Path:
         return self._path
+
+    @property
+    def phase_recipes(self) -> list[Recipe]:
+        """A whole recipe for each of `phases`."""
+        return self._phase_recipes
+
+    @property
+    def phase_name(self) -> str | None:
+        """What the phase that this recipe is of is called; None of a recipe of its own."""
+        return self._phase_name
+
+    @property
+    def start_from(self) -> Path | None:
+        """The trained model that training goes on from: that of the phase before."""
+        return self._start_from
+
+    @start_from.setter
+    def start_from(self, folder: Path) -> None:
+        self._start_from = folder
 
     @model_validator(mode="before")
     @classmethod
@@ -351,8 +396,23 @@ class Recipe(Section):
                 values[section][key] = [str(self.resolve_path(item).resolve()) for item in given]
             elif given is not None:
                 values[section][key] = str(self.resolve_path(given).resolve())
+        probe = values["eval"]["json_probe"]
+        if probe["attributes"] == values["eval"]["attributes"]:
+            probe["attributes"] = []  # which says the same, and of every phase its own
+        values["phases"] = [self._phase_values(phase) for phase in self.phases]
         head = f"# {command}\n" if command else ""
         return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+    def _phase_values(self, phase: Phase) -> dict[str, Any]:
+        """The keys that a phase gives, paths made absolute."""
+        values = phase.model_dump(mode="json", exclude_none=True)
+        for section, key in PATH_KEYS:
+            given = (values.get(section) or {}).get(key)
+            if isinstance(given, list):
+                values[section][key] = [str(self.resolve_path(item).resolve()) for item in given]
+            elif given is not None:
+                values[section][key] = str(self.resolve_path(given).resolve())
+        return values
 
 
 # Keys that hold paths: relative to the recipe in the file, to where you stand in `--set` (where that exists).
@@ -374,7 +434,60 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise UserError(sentence(error, source, Recipe)) from None
     recipe._path = path
+    recipe._phase_recipes = _phase_recipes(recipe, data, source)
     return recipe
+
+
+def _phase_recipes(recipe: Recipe, data: dict[str, Any], source: Source) -> list[Recipe]:
+    """The whole recipe of each phase: the file's keys with the phase's own over them."""
+    out: list[Recipe] = []
+    shared = {key: value for key, value in data.items() if key != "phases"}
+    names = [phase.name for phase in recipe.phases]
+    for number, phase in enumerate(recipe.phases):
+        where = source.within(("phases", number))
+        if names.index(phase.name) < number:
+            raise UserError(f"{where.where(('name',))}: two phases are called {phase.name!r}")
+        own = phase.model_dump(exclude_none=True)
+        # A null in a phase's section is a value ("synthesize: null"), a null section is none.
+        own |= {key: data["phases"][number][key] for key in own}
+        values = {**merged(shared, own), "name": f"{recipe.name}-{phase.name}"}
+        try:
+            made = Recipe.model_validate(values)
+        except ValidationError as error:
+            raise UserError(sentence(error, where, Recipe)) from None
+        made._path, made._phase_name = recipe._path, phase.name
+        if out:
+            check_goes_on(out[-1], made, where)
+        out.append(made)
+    return out
+
+
+def merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`values` with those of `own` over them, section by section; one of another `type` replaces the whole section."""
+    out = dict(values)
+    for key, value in own.items():
+        before = out.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            same = value.get("type", before.get("type")) == before.get("type")
+            value = merged(before, value) if same else value
+        out[key] = value
+    return out
+
+
+def check_goes_on(before: Recipe, after: Recipe, source: Source) -> None:
+    """Raise `UserError` when a phase cannot go on from the model of the phase before it."""
+    for key in ("lora", "encoder_lora", "llm"):
+        had, has = getattr(before.trainable, key), getattr(after.trainable, key)
+        same = (
+            has == had
+            if key == "llm" or had is None or has is None
+            else ((has.rank, has.target_modules) == (had.rank, had.target_modules))
+        )
+        if had and not same:
+            raise UserError(
+                f"{source.where(('trainable', key))}: phase {after.phase_name!r} goes on from phase {before.phase_name!r}, whose "
+                f"trainable.{key} it must keep, as what was trained would be lost"
+            )
 
 
 def _from_here(value: Any, recipe: Path) -> Any:

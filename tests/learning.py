@@ -58,17 +58,17 @@ def tiny_examples(folder: Path, clips: int = 6) -> list[Example]:
         tone = np.sin(2 * np.pi * (120, 400)[i % 2] * time_s) + 0.05 * rng.normal(size=len(time_s))
         path = folder / f"c{i}.wav"
         soundfile.write(path, 0.3 * tone, 16_000)
-        for question in ("who?", "man or woman?"):
-            examples.append(
-                Example(
-                    id=f"c{i}/{question}",
-                    messages=[
-                        user_turn(question, {"path": str(path), "transcript": f"word {i}"}),
-                        {"role": "assistant", "content": f"A {gender}."},
-                    ],
-                    context=f"The voice is {gender}.",
-                    attributes={"gender": gender, "transcript": f"word {i}"},
-                    source={"example": ["The voice is male.", "A male."]},
-                )
+        examples += [
+            Example(
+                id=f"c{i}/{question}",
+                messages=[
+                    user_turn(question, {"path": str(path), "transcript": f"word {i}"}),
+                    {"role": "assistant", "content": f"A {gender}."},
+                ],
+                context=f"The voice is {gender}.",
+                attributes={"gender": gender, "transcript": f"word {i}"},
+                source={"example": ["The voice is male.", "A male."]},
             )
+            for question in ("who?", "man or woman?")
+        ]
     return examples
