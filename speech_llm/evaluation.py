@@ -221,13 +221,10 @@ def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, float], dic
     text_results: dict[str, Any] = {}
 
     def run(model: Any, processor: Any, epoch: float) -> dict[str, Any]:
-        from speech_llm.data.features import FeatureStore
         from speech_llm.responders import SpeechResponder
-        from speech_llm.training.loop import feature_root
+        from speech_llm.training.loop import open_features
 
-        features = FeatureStore(
-            feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s
-        )
+        features = open_features(recipe, model, processor)
         responder = SpeechResponder(
             model, processor, features, recipe.eval.json_probe.max_new_tokens, recipe.eval.batch_tokens
         )
@@ -267,7 +264,10 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
     for name in settings.models:
         if name == "speech_llm":
             responder: Any = load_speech_model(
-                run_dir / "model", settings.max_new_tokens, settings.batch_tokens
+                run_dir / "model",
+                settings.max_new_tokens,
+                settings.batch_tokens,
+                lora_scale=settings.lora_scale,
             )
         else:
             base = base or load_answering_llm(recipe.model.llm, recipe.optimizer.precision)
@@ -288,7 +288,9 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
         for _, row in read_jsonl(run_dir / "train" / "log.jsonl")
         if "probe" in row
     ]
-    summary = {"models": results, "probes": probes, "base_probe": base_probe}
+    summary: dict[str, Any] = {"models": results, "probes": probes, "base_probe": base_probe}
+    if settings.lora_scale is not None:
+        summary["lora_scale"] = settings.lora_scale
     training = run_dir / "model" / "training.json"
     if training.exists():
         summary["training"] = read_json(training)

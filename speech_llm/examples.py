@@ -27,6 +27,7 @@ class Example:
     turn is learned unless it says `"train": False`. `text`: a plain-text row instead of messages.
     `context`: the text that stood in for the audio when the teacher answered. `attributes`: what is known of
     the clip. `source`: where the row comes from (dataset, teacher, prompt id, strategy, seed, ...).
+    `rejected`: a wrong answer to set against the last assistant turn (preference style).
     """
 
     id: str
@@ -35,6 +36,7 @@ class Example:
     context: str | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    rejected: str | None = None
 
     def audio_parts(self) -> list[dict[str, Any]]:
         """The audio parts of all turns, in order."""
@@ -42,6 +44,8 @@ class Example:
 
     def to_row(self) -> dict[str, Any]:
         row = asdict(self)
+        if self.rejected is None:
+            row.pop("rejected")
         if self.text is None:
             row.pop("text")
         else:
@@ -83,6 +87,9 @@ def example_from_row(row: dict[str, Any], base: Path | None = None) -> Example:
         if base is not None and not Path(part["path"]).is_absolute():
             part["path"] = str(base / part["path"])
     source = row.get("source") or {}
+    rejected = row.get("rejected")
+    if rejected is not None and not isinstance(rejected, str):
+        raise ValueError("'rejected' must be a text, the wrong answer")
     return Example(
         id=str(row.get("id") or ""),
         messages=messages,
@@ -90,6 +97,7 @@ def example_from_row(row: dict[str, Any], base: Path | None = None) -> Example:
         context=row.get("context"),
         attributes=dict(row.get("attributes") or {}),
         source=source if isinstance(source, dict) else {"dataset": str(source)},
+        rejected=rejected,
     )
 
 

@@ -127,6 +127,7 @@ def _train(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
         described=run_dir / "describe" / "train.jsonl",
         probe=make_probe(recipe, run_dir),
         progress=progress,
+        start_from=recipe.start_from,
     )
 
 
@@ -216,6 +217,7 @@ STAGES: tuple[Stage, ...] = (
             run / "describe" / "train.jsonl",
             run / "describe" / "test.jsonl",
             *_local_models(r.model.llm, r.model.encoder),
+            *([] if r.start_from is None else sorted(r.start_from.glob("*.safetensors"))),
         ],
         _train,
         ("model",),
@@ -280,6 +282,9 @@ def run_stages(
     last = [stage.name for stage in stages].index(until)
     with _locked(run_dir):
         _claim(recipe, run_dir, stages, command)
+        if recipe.phases:
+            _run_phases(recipe, run_dir, until, progress, say, command, stages)
+            return
         for number, stage in enumerate(stages[: last + 1], start=1):
             title = f"[{number}/{last + 1}] {stage.name}"
             manifest = finished(stage, recipe, run_dir)
@@ -291,6 +296,29 @@ def run_stages(
             say(f"{title} ...")
             manifest = run_stage(stage, recipe, run_dir, progress, say)
             say(f"{title}: done in {_time(manifest['seconds'])}{_summary(manifest['counts'])}")
+
+
+def _run_phases(
+    recipe: Recipe,
+    run_dir: Path,
+    until: str,
+    progress: bool,
+    say: Say,
+    command: str | None,
+    stages: tuple[Stage, ...],
+) -> None:
+    """`run_stages` of every phase in its own folder, then every task after every phase."""
+    from speech_llm.phases import phases_table, run_phases
+
+    def run(phase: Recipe, folder: Path, last: str) -> None:
+        say(f"phase {phase.phase_name}")
+        run_stages(phase, folder, last, progress=progress, say=say, command=command, stages=stages)
+
+    run_phases(recipe, run_dir, until, run, progress)
+    if until in ("eval", "report"):
+        say(phases_table(read_json(run_dir / "results.json")["phases"]))
+    if until == "report":
+        _report(recipe, run_dir, progress)
 
 
 def finished(stage: Stage, recipe: Recipe, run_dir: Path) -> dict[str, Any] | None:
@@ -362,6 +390,11 @@ def run_stage(
 
 def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, int]:
     """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected."""
+    if recipe.trainable.encoder_lora is not None:
+        raise UserError(
+            f"{recipe.path}: trainable.encoder_lora trains the encoder, so its features cannot be cached; "
+            "`train` computes them as it goes"
+        )
     import torch
 
     from speech_llm.data.features import FeatureStore

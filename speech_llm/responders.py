@@ -245,7 +245,7 @@ def load_responder(
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
         )
-    return load_speech_model(model, max_new_tokens, batch_tokens)
+    return load_speech_model(model, max_new_tokens, batch_tokens, lora_scale=lora_scale)
 
 
 def load_speech_model(
@@ -253,8 +253,9 @@ def load_speech_model(
     max_new_tokens: int = 128,
     batch_tokens: int = 4096,
     dtype: torch.dtype | None = None,
+    lora_scale: float | None = None,
 ) -> SpeechResponder:
-    """A trained checkpoint as a responder."""
+    """A trained checkpoint as a responder; `lora_scale` is a factor on what the LLM's adapters add (null: as trained)."""
     from speech_llm.assets import cache_dir, resolve
     from speech_llm.model import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
     from speech_llm.precision import choose_dtype
@@ -266,5 +267,7 @@ def load_speech_model(
     )
     processor = SpeechLLMProcessor.from_pretrained(folder)
     model.to(device).eval()
+    if lora_scale is not None:
+        model.set_lora_scale(lora_scale)
     features = FeatureStore(cache_dir() / "features", model, processor, model.config.encoding)
     return SpeechResponder(model, processor, features, max_new_tokens, batch_tokens)

@@ -15,13 +15,13 @@ from speech_llm.recipe import (
     MEASURED,
     PATH_KEYS,
     DescribeSection,
-    Lora,
     QFormer,
     Recipe,
     Stack,
     load_recipe,
 )
 from speech_llm.recipe_errors import describe_keys
+from speech_llm.recipe_learning import Lora
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TEXT = """\
@@ -116,12 +116,8 @@ def test_values_that_are_not_implemented_list_those_that_are(recipe_file: Path) 
     assert said.endswith(
         "targets.strategy is 'continuation', which is not implemented yet; implemented: self"
     )
-    assert "implemented: ce" in error(recipe_file, "loss.type=kl")
-    assert "implemented: sft" in error(recipe_file, "style=rollout")
     assert "mixture.replay is not implemented yet" in error(recipe_file, "mixture.replay=0.05")
-    assert "trainable.encoder_lora is not implemented yet" in error(
-        recipe_file, "trainable.encoder_lora={rank: 4}"
-    )
+    assert "trainable.encoder is not implemented yet" in error(recipe_file, "trainable.encoder=true")
 
 
 def test_connector_keys_belong_to_the_connector_s_type(recipe_file: Path) -> None:
@@ -180,6 +176,56 @@ def test_contradictions_name_both_keys(recipe_file: Path) -> None:
     assert said.startswith(
         f"{recipe_file}, line 13: eval.attributes has 'gendr', which describe.labels does not give"
     )
+
+
+def test_a_loss_has_the_keys_of_its_type(recipe_file: Path) -> None:
+    loss = load_recipe(recipe_file, ["loss={mask: threshold}"]).loss
+    assert (loss.type, loss.mask, loss.tau) == ("ce", "threshold", 2.5)  # type: ignore[union-attr]
+    loss = load_recipe(recipe_file, ["loss={type: kl, kl: 0.5, ce: 0.5}"]).loss
+    assert (loss.kl, loss.ce, loss.top_k) == (0.5, 0.5, 64)  # type: ignore[union-attr]
+    assert "unknown key 'beta' in loss" in error(recipe_file, "loss.beta=0.1")
+    assert "loss.type is 'dop'; expected one of ce, kl, dpo, grpo. Did you mean 'dpo'?" in error(
+        recipe_file, "loss.type=dop"
+    )
+    assert load_recipe(recipe_file, ["loss.type=dpo", "style=preference"]).style == "preference"
+    assert load_recipe(recipe_file, ["loss.type=grpo", "style=rollout"]).style == "rollout"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys", "why"),
+    [
+        (["style=rollout"], ("loss.type", "style"), "samples itself"),
+        (["loss.type=kl", "style=pretrain"], ("loss.type", "style"), "without a description"),
+        (["loss.type=dpo"], ("loss.type", "style"), "it is learned by loss.type ce or kl"),
+        (["loss.mask=share", "style=pretrain"], ("loss.mask", "style"), "neither description"),
+        (["loss={type: kl, kl: 0.0}"], ("loss.kl", "loss.type"), "its weight, is 0"),
+        (
+            ["loss={type: grpo, answer_reward: 0.0, format_reward: 0.0}", "style=rollout"],
+            ("loss.answer_reward", "loss.format_reward"),
+            "no answer is better",
+        ),
+        (["trainable.llm=true"], ("trainable.llm", "model.gate_adapters"), "cannot switch off"),
+        (["trainable.llm=true", "trainable.lora.rank=2"], ("trainable.llm", "trainable.lora"), "keep one"),
+        (
+            ["trainable.llm=true", "model.gate_adapters=false", "optimizer.soft_word_epochs=2"],
+            ("optimizer.soft_word_epochs", "trainable.llm"),
+            "frozen LLM",
+        ),
+        (
+            ["loss.type=dpo", "style=preference", "optimizer.soft_word_epochs=2"],
+            ("optimizer.soft_word_epochs", "style"),
+            "tuned on answers",
+        ),
+        (["optimizer.part_lr.lora=1e-4"], ("optimizer.part_lr.lora", "trainable.lora"), "does not train"),
+        (["eval.lora_scale=0.5"], ("eval.lora_scale", "trainable.lora"), "there are none"),
+    ],
+)
+def test_learning_that_contradicts_itself_names_two_keys_and_why(
+    recipe_file: Path, overrides: list[str], keys: tuple[str, str], why: str
+) -> None:
+    said = error(recipe_file, *overrides)
+    assert all(key in said for key in keys)
+    assert why in said
 
 
 def test_broken_yaml_and_double_keys_are_told_with_their_line(recipe_file: Path) -> None:

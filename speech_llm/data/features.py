@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +90,18 @@ class FeatureStore:
         if path in self.rejects:
             raise UserError(f"{path}: {self.rejects[path]}")
         return safetensors.torch.load_file(entry)["features"]
+
+    def frame_count(self, path: str) -> int:
+        """Encoder frames of a clip."""
+        return len(self.load(path))
+
+    def size_bytes(self, path: str) -> int:
+        """What a clip's features take on disk."""
+        return self.entry(path).stat().st_size
+
+    def stacked(self, paths: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Features of clips side by side: see `stack_features`."""
+        return stack_features([self.load(path) for path in paths], device)
 
     def fill(self, paths: Iterable[str], progress: bool = True, batch_clips: int = 8) -> dict[str, int]:
         """Encode and keep every clip that is not stored; unreadable or over-long clips go to `rejects`."""

@@ -28,7 +28,10 @@ class Row:
     ids: list[int]
     spans: list[tuple[int, int]]
     clips: list[str]
-    weight: float = 1.0
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(end - start for start, end in self.spans)
 
 
 @dataclass
@@ -74,15 +77,16 @@ def pack_rows(rows: list[Row], prefix_length: int, max_tokens: int) -> list[Pack
         for row in group:
             own = len(row.ids) - prefix_length
             if pack and length + own > max_tokens:
-                packs.append(_pack(pack, prefix_length))
+                packs.append(pack_group(pack, prefix_length))
                 pack, length = [], 0
             pack.append(row)
             length += own
-        packs.append(_pack(pack, prefix_length))
+        packs.append(pack_group(pack, prefix_length))
     return packs
 
 
-def _pack(rows: list[Row], prefix_length: int) -> Pack:
+def pack_group(rows: list[Row], prefix_length: int) -> Pack:
+    """One pack of rows with the same clips (or none): what they begin with alike is there once."""
     shared = min(min((span[0] for span in row.spans), default=len(row.ids)) - 1 for row in rows)
     first = rows[0].ids
     for row in rows:
@@ -110,7 +114,10 @@ def _pack(rows: list[Row], prefix_length: int) -> Pack:
 
 @dataclass
 class PackBatch:
-    """Right-padded packs: ids, positions, targets (b, l); mask (b, 1, l, prefix + l) bool, True = may see."""
+    """Right-padded packs: ids, positions, targets (b, l); mask (b, 1, l, prefix + l) bool, True = may see.
+
+    `row_of` (answer tokens,): the row, by its place in `rows`, that each answer token belongs to; they follow one another.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -118,6 +125,7 @@ class PackBatch:
     mask: Tensor
     clips: list[str]
     rows: list[str]
+    row_of: Tensor
     padding_share: float
 
     @property
@@ -140,6 +148,7 @@ def collate(packs: list[Pack], prefix_length: int, pad_id: int) -> PackBatch:
         targets[i, :n] = torch.tensor(pack.targets)
         branch[i, :n] = torch.tensor(pack.branch)
     used = sum(len(pack.ids) for pack in packs)
+    before = torch.tensor([0, *(len(pack.rows) for pack in packs)]).cumsum(0)[:-1, None]
     return PackBatch(
         ids=ids,
         positions=positions,
@@ -147,6 +156,7 @@ def collate(packs: list[Pack], prefix_length: int, pad_id: int) -> PackBatch:
         mask=branch_mask(branch, prefix_length),
         clips=[clip for pack in packs for clip in pack.clips],
         rows=[row for pack in packs for row in pack.rows],
+        row_of=(before + branch - 1)[targets != IGNORE],
         padding_share=1 - used / ids.numel(),
     )
 

@@ -15,13 +15,15 @@ def build_model(
 ) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
     """Load the frozen parts that the sections name and put a fresh connector (and adapters) between them.
 
-    `model` has llm, encoder, connector, taps, use_transcript, encode, gate_adapters; `trainable` has connector and lora; both
-    may be mappings or objects. `dtype`: of the frozen parts; what is trained stays float32.
+    `model` has llm, encoder, connector, taps, use_transcript, encode, gate_adapters; `trainable` has connector, lora,
+    encoder_lora and llm; both may be mappings or objects. `dtype`: of the frozen parts; what is trained stays float32, as
+    small updates would be lost in bf16.
     """
     from speech_llm.assets import load_encoder, load_llm
 
     section, trained = _mapping(model), _mapping(trainable)
-    llm, tokenizer = load_llm(section["llm"], dtype=dtype)
+    whole_llm = bool(trained.get("llm", False))
+    llm, tokenizer = load_llm(section["llm"], dtype=torch.float32 if whole_llm else dtype)
     encoder, feature_extractor = load_encoder(section["encoder"], dtype=dtype)
     built = SpeechLLMForConditionalGeneration.build(
         llm,
@@ -34,7 +36,10 @@ def build_model(
         encoding=section.get("encode", "own_length"),
         gate_adapters=section.get("gate_adapters", True),
         lora=trained.get("lora"),
+        encoder_lora=trained.get("encoder_lora"),
     )
+    if whole_llm:
+        built.llm.requires_grad_(True)
     built.connector.requires_grad_(bool(trained.get("connector", True)))
     return built, SpeechLLMProcessor(tokenizer, feature_extractor, built.config)
 

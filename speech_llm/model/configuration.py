@@ -106,6 +106,7 @@ class SpeechLLMConfig(PretrainedConfig):
         encoding (`str`, *optional*, defaults to `"own_length"`): what the encoder was fed in training, `"padded"` (to its
             native 30 s, as it was pretrained) or `"own_length"` (the clip alone, cheaper).
         lora (`dict`, *optional*): adapters in the LLM, see `LORA_DEFAULTS`.
+        encoder_lora (`dict`, *optional*): adapters in the encoder, likewise; they always act.
         gate_adapters (`bool`, *optional*, defaults to `True`): adapters act only on conversations with audio.
         audio_token_id (`int`, *optional*): the placeholder; the first id outside the LLM's vocabulary.
         max_audio_s (`float`, *optional*, defaults to 30.0): longest clip that the encoder hears at once.
@@ -124,6 +125,7 @@ class SpeechLLMConfig(PretrainedConfig):
         use_transcript: bool = False,
         encoding: str = "own_length",
         lora: dict[str, Any] | None = None,
+        encoder_lora: dict[str, Any] | None = None,
         gate_adapters: bool = True,
         audio_token_id: int | None = None,
         max_audio_s: float = 30.0,
@@ -132,7 +134,7 @@ class SpeechLLMConfig(PretrainedConfig):
         self.encoder, self.llm = encoder, llm
         self.encoder_config, self.llm_config = _nested(encoder_config), _nested(llm_config)
         self.connector = complete_connector(connector)
-        self.lora = complete_lora(lora)
+        self.lora, self.encoder_lora = complete_lora(lora), complete_lora(encoder_lora)
         self.use_transcript, self.gate_adapters = use_transcript, gate_adapters
         if encoding not in ENCODINGS:
             raise UserError(f"encoding is {encoding!r}; choose one of {', '.join(ENCODINGS)}")

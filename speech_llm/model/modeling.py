@@ -36,7 +36,7 @@ from speech_llm.model.frozen import (
     ready_llm,
 )
 from speech_llm.model.masks import additive, attention_window, logits_only_at
-from speech_llm.model.trainable import AdapterGate, add_lora, set_lora_scale
+from speech_llm.model.trainable import PARTS, AdapterGate, add_lora, part_of, set_lora_scale
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -63,6 +63,15 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
         # After the connector, so that a seed gives the same connector with and without adapters.
         if config.lora is not None:
             add_lora(self.llm, config.lora, self.gate, config.llm or "the LLM")
+        if config.encoder_lora is not None:
+            # Only sound goes through the encoder, so there is nothing to gate.
+            add_lora(
+                self.encoder,
+                config.encoder_lora,
+                AdapterGate(),
+                config.encoder or "the encoder",
+                "encoder_lora",
+            )
         self._no_split_modules = list(getattr(llm, "_no_split_modules", None) or [])
         # No post_init: it would initialise the ready parts anew.
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -211,14 +220,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
     def count_parameters(self) -> dict[str, int]:
         """How many parameters each part has, and how many are trained."""
         own = list(self.named_parameters())
-        adapters = sum(p.numel() for name, p in own if "lora_" in name)
-        return {
-            "encoder": sum(p.numel() for p in self.encoder.parameters()),
-            "connector": sum(p.numel() for p in self.connector.parameters()),
-            "adapters": adapters,
-            "llm": sum(p.numel() for p in self.llm.parameters()) - adapters,
-            "trained": sum(p.numel() for _, p in own if p.requires_grad),
-        }
+        counts = dict.fromkeys(PARTS, 0)
+        for name, parameter in own:
+            counts[part_of(name)] += parameter.numel()
+        return {**counts, "trained": sum(p.numel() for _, p in own if p.requires_grad)}
 
     @staticmethod
     def _is_trained(name: str, parameter: nn.Parameter) -> bool:
@@ -418,10 +423,12 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
     # ---------------------------------------------------------------- transformers conventions
 
     def train(self, mode: bool = True) -> SpeechLLMForConditionalGeneration:
-        """Training mode for connector and LLM; a frozen encoder never drops or masks anything."""
+        """Training mode for connector, LLM and adapters; the encoder's own layers never drop or mask anything."""
         super().train(mode)
-        if not any(p.requires_grad for p in self.encoder.parameters()):
-            self.encoder.eval()
+        self.encoder.eval()
+        for name, module in self.encoder.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
         return self
 
     def gradient_checkpointing_enable(

@@ -1,7 +1,7 @@
-"""Adapters in the LLM that act only where there is sound.
+"""The parts that may be trained, and adapters in the LLM that act only where there is sound.
 
-In: an LLM and LoRA settings (2106.09685). Out: the same LLM with adapters in place, and a gate that says, row by row, whether
-they act. A row without audio gets an exact zero added to every adapted projection, so its logits are the base LLM's.
+In: an LLM (or encoder) and LoRA settings (2106.09685). Out: the same module with adapters in place, and a gate that says, row by
+row, whether they act. A row without audio gets an exact zero added to every adapted projection, so its logits are the base LLM's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,43 @@ ATTENTION_PROJECTIONS = (
     "c_attn",
     "dense",
 )
+
+# What a speech LLM consists of: two frozen models, their adapters, and the connector between them.
+PARTS = ("encoder", "encoder_adapters", "connector", "adapters", "llm")
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a parameter of the speech LLM belongs to, by its name."""
+    module = name.partition(".")[0]
+    if "lora_" not in name:
+        return module
+    return "encoder_adapters" if module == "encoder" else "adapters"
+
+
+def trained_parts(model: nn.Module) -> dict[str, dict[str, int]]:
+    """For each of `PARTS` that there is: how many parameters it has, and how many of them are trained."""
+    counts = {part: {"parameters": 0, "trained": 0} for part in PARTS}
+    for name, parameter in model.named_parameters():
+        count = counts[part_of(name)]
+        count["parameters"] += parameter.numel()
+        count["trained"] += parameter.numel() * parameter.requires_grad
+    return {part: count for part, count in counts.items() if count["parameters"]}
+
+
+def told_parts(parts: dict[str, dict[str, int]]) -> str:
+    """One line: what is trained, what is frozen, and how much that is."""
+    trained = [
+        f"{part.replace('_', ' ')} {count['trained']:,}" for part, count in parts.items() if count["trained"]
+    ]
+    frozen = [
+        f"{part.replace('_', ' ')} {count['parameters']:,}"
+        for part, count in parts.items()
+        if not count["trained"]
+    ]
+    every = sum(count["parameters"] for count in parts.values())
+    moved = sum(count["trained"] for count in parts.values())
+    share = f"{moved:,} of {every:,} parameters are trained ({100 * moved / every:.2g} %)"
+    return f"{share}: {', '.join(trained) or 'none'}; frozen: {', '.join(frozen) or 'none'}"
 
 
 class AdapterGate:
@@ -65,11 +102,17 @@ class AdapterGate:
         return torch.where(rows.view(-1, *[1] * (output.dim() - 1)), output, output.new_zeros(()))
 
 
-def add_lora(llm: nn.Module, settings: dict[str, Any], gate: AdapterGate, reference: str = "the LLM") -> None:
-    """Put LoRA adapters into the LLM in place, listening to `gate`; all else in it is frozen.
+def add_lora(
+    llm: nn.Module,
+    settings: dict[str, Any],
+    gate: AdapterGate,
+    reference: str = "the LLM",
+    key: str = "lora",
+) -> None:
+    """Put LoRA adapters into the LLM (or the encoder) in place, listening to `gate`; all else in it is frozen.
 
     `settings`: `rank`, `alpha`, `dropout`, `target_modules` (default: the attention projections). Adapters stay in float32
-    whatever the LLM's dtype, because small updates would be lost in bf16.
+    whatever the LLM's dtype, because small updates would be lost in bf16. `key`: what the settings are called in a recipe.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -81,7 +124,7 @@ def add_lora(llm: nn.Module, settings: dict[str, Any], gate: AdapterGate, refere
     unknown = [name for name in wanted if name.rpartition(".")[2] not in linear]
     if unknown or not wanted:
         raise UserError(
-            f"lora.target_modules: {reference} has no linear layer {unknown[0] if unknown else 'known as an attention projection'!r}; "
+            f"{key}.target_modules: {reference} has no linear layer {unknown[0] if unknown else 'known as an attention projection'!r}; "
             f"it has {', '.join(linear)}"
         )
     inject_adapter_in_model(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def align(
     parameters = [p for p in model.connector.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     total = epochs * math.ceil(len(usable) / batch_clips)
-    lengths = [Path(features.entry(clip["audio"])).stat().st_size for clip in usable]
+    lengths = [features.size_bytes(clip["audio"]) for clip in usable]
     loaded: dict[int, Tensor] = {}
     step, mean_loss, hits, counted = 0, 0.0, 0, 0
     model.connector.train()

@@ -1,10 +1,10 @@
-"""The training loop: Examples in, a trained connector (and adapters) out.
+"""The training loop: Examples in, a trained model out.
 
     rows -> rendered ids -> packs (rows of one clip behind one prefix) -> batches -> loss at answer positions -> step
 
 The constant prefix (system prompt) is run once; clips' encoder features come from the cache; only answer positions get
-logits; the loss is normalised by the answer tokens of the whole global batch. The plan of an epoch is a pure function
-of the seed, so a killed run continues from its last checkpoint as if nothing had happened.
+logits; the loss is normalised over the whole global batch. The plan of an epoch is a pure function of the seed, so a killed
+run continues from its last checkpoint as if nothing had happened. What the loss of a batch is, an `Objective` says.
 """
 
 from __future__ import annotations
@@ -14,33 +14,29 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from speech_llm.data.features import FeatureStore, stack_features
-from speech_llm.data.packing import (
-    IGNORE,
-    Pack,
-    PackBatch,
-    Row,
-    collate,
-    constant_prefix,
-    pack_rows,
-    plan_epoch,
-)
+from speech_llm.data.features import FeatureStore
+from speech_llm.data.live import LiveFeatures
+from speech_llm.data.packing import plan_epoch
 from speech_llm.errors import UserError
-from speech_llm.examples import Example, read_examples
-from speech_llm.files import JsonlAppender, atomic_write, read_json, write_json, write_jsonl
-from speech_llm.kv_cache import Prefix, expanded, run_prefix
+from speech_llm.examples import read_examples
+from speech_llm.files import write_json, write_jsonl
+from speech_llm.kv_cache import run_prefix
+from speech_llm.model.trainable import told_parts, trained_parts
 from speech_llm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from speech_llm.training.losses import all_finite, cross_entropy_sum
-from speech_llm.training.schedule import learning_rate_at
+from speech_llm.training.log import TrainingLog
+from speech_llm.training.losses import all_finite, l2_start
+from speech_llm.training.objectives import Objective, PairLoss, TokenLoss
+from speech_llm.training.optimizer import make_optimizer, set_learning_rates
+from speech_llm.training.rollout import RolloutLoss, verify_answers
+from speech_llm.training.rows import NO_CONTEXT, TrainingSet, build_training_set
+from speech_llm.training.student import Origin, Student
+from speech_llm.training.warm_up import fixed_vectors, warm_up
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
@@ -48,83 +44,6 @@ if TYPE_CHECKING:
 Probe = Callable[[Any, Any, float], dict[str, Any]]
 # The probe's place between "before training" (0) and the end of the first epoch (1).
 WARMED_UP = 0.5
-
-
-@dataclass
-class TrainingSet:
-    """Packs ready to be batched, and what was left out on the way."""
-
-    packs: list[Pack]
-    prefix: list[int]
-    rejects: list[dict[str, Any]]
-    rows: int
-
-
-def build_training_set(
-    examples: list[Example],
-    processor: Any,
-    features: FeatureStore,
-    max_tokens: int,
-    use_prefix: bool,
-    progress: bool,
-) -> TrainingSet:
-    """Render every Example and pack the rows of each clip; rows that cannot be used are rejected with a reason."""
-    paths = [part["path"] for example in examples for part in example.audio_parts()]
-    features.fill(paths, progress=progress)
-    rows, rejects = [], []
-    frame_counts: dict[str, int] = {}
-    for example in examples:
-        clips = [part["path"] for part in example.audio_parts()]
-        bad = next((clip for clip in clips if clip in features.rejects), None)
-        if bad is not None:
-            rejects.append({"id": example.id, "audio": bad, "reason": features.rejects[bad]})
-            continue
-        for clip in clips:
-            if clip not in frame_counts:
-                frame_counts[clip] = len(features.load(clip))
-        rendered = processor.render(example.messages, frame_counts=[frame_counts[clip] for clip in clips])
-        if not rendered.answer_spans:
-            rejects.append({"id": example.id, "reason": "no assistant turn to learn"})
-        elif len(rendered.input_ids) > max_tokens:
-            rejects.append(
-                {
-                    "id": example.id,
-                    "reason": f"{len(rendered.input_ids)} tokens; over {max_tokens} is left out, never cut",
-                }
-            )
-        else:
-            rows.append(Row(example.id, list(rendered.input_ids), list(rendered.answer_spans), clips))
-    prefix = constant_prefix(rows, processor.audio_token_id) if use_prefix else []
-    return TrainingSet(pack_rows(rows, len(prefix), max_tokens), prefix, rejects, len(rows))
-
-
-def batch_loss(
-    model: Any,
-    batch: PackBatch,
-    features: FeatureStore,
-    prefix: Prefix,
-    device: torch.device,
-    vectors: Tensor | None = None,
-) -> Tensor:
-    """Summed cross-entropy of a batch's answer tokens; `vectors` stand for its sounds instead of the connector's."""
-    ids = batch.ids.to(device)
-    if batch.clips and vectors is None:
-        stacked, counts = stack_features([features.load(clip) for clip in batch.clips], device)
-        vectors, _ = model.audio_vectors(stacked, counts)
-    embeds = model.embed(ids, vectors)
-    targets = batch.targets.to(device)
-    cache = expanded(prefix, len(ids)) if prefix else None
-    answer_mask = targets != IGNORE
-    logits = model(
-        inputs_embeds=embeds,
-        attention_mask=batch.mask.to(device),
-        position_ids=batch.positions.to(device),
-        past_key_values=cache,
-        use_cache=cache is not None,
-        answer_mask=answer_mask,
-        has_audio=(ids == model.config.audio_token_id).any(dim=1),
-    ).logits
-    return cross_entropy_sum(logits, targets[answer_mask])
 
 
 def train(
@@ -135,11 +54,13 @@ def train(
     described: Path | None = None,
     probe: Probe | None = None,
     progress: bool = True,
+    start_from: Path | None = None,
 ) -> dict[str, Any]:
     """Train by a recipe; resumes from the newest checkpoint under `out_dir`; writes the model to `model_dir`.
 
     `described`: the described training clips, for the connector's warm-up. `probe(model, processor, epoch)` is called
-    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. Returns the counts of the stage.
+    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. `start_from`: a
+    trained model whose weights this training goes on from. Returns the counts of the stage.
     """
     from accelerate import Accelerator
 
@@ -154,68 +75,57 @@ def train(
     dtype = choose_dtype(settings.precision, device)
     model, processor = build_model(recipe.model, recipe.trainable, dtype=dtype)
     model.to(device)
-    features = FeatureStore(feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s)
+    parts = trained_parts(model)
+    features = open_features(recipe, model, processor)
+    if show:
+        tqdm.write(told_parts(parts))
+        if isinstance(features, LiveFeatures):
+            tqdm.write(
+                "the encoder is trained, so clips are encoded anew at every step and no features are cached"
+            )
+    origin = Origin(model)
     rejects: list[dict[str, Any]] = []
     rows = list(read_examples(examples, rejects))
     llm_frozen = not any(p.requires_grad for p in model.llm.parameters())
-    data = build_training_set(rows, processor, features, settings.max_tokens, llm_frozen, show)
+    data = build_training_set(
+        rows,
+        processor,
+        features,
+        settings.max_tokens,
+        llm_frozen,
+        show,
+        style=recipe.style,
+        needs_context=needs_context(recipe.loss),
+    )
+    student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
+    # The base LLM is asked before anything that was trained is loaded.
+    objective = make_objective(recipe, student, data, origin, out_dir, show)
     if main:
         write_jsonl(out_dir / "rejects.jsonl", [*rejects, *data.rejects])
     if not data.packs:
-        raise UserError(f"{examples}: no row can be trained on; {out_dir / 'rejects.jsonl'} says why")
+        raise UserError(_nothing_to_train(recipe, examples, data, out_dir / "rejects.jsonl"))
+    if start_from is not None:
+        _load_start(model, start_from)
 
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    names, parameters = [name for name, _ in named], [p for _, p in named]
-    decay = [p for p in parameters if p.dim() > 1]
-    plain = [p for p in parameters if p.dim() <= 1]
-    names = [n for n, p in named if p.dim() > 1] + [n for n, p in named if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=settings.lr,
-        betas=(0.9, 0.98),
-    )
-    plan = [
-        plan_epoch(data.packs, settings.batch_tokens, recipe.seed, epoch) for epoch in range(settings.epochs)
-    ]
-    per_step = settings.accumulate * accelerator.num_processes
-    steps = [
-        (epoch, batches[start : start + per_step])
-        for epoch, batches in enumerate(plan)
-        for start in range(0, len(batches), per_step)
-    ]
-    if settings.max_steps is not None:
-        steps = steps[: settings.max_steps]
-
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, names = make_optimizer(model, settings)
+    steps = plan_steps(recipe, data, accelerator.num_processes)
     checkpoints = out_dir / "checkpoints"
     state: dict[str, Any] = {"seconds": 0.0, "align": None}
-    log = JsonlAppender(out_dir / "log.jsonl") if main else None
-    kept_rows: list[dict[str, Any]] = [] if log is None else log.rows
-
     found = latest_checkpoint(checkpoints)
     first = 0
     if found is not None:
         weights, state = load_checkpoint(found, optimizer, names)
         model.load_trained(weights)
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # a checkpoint also holds parts that are not trained now
+            parameter.requires_grad_(name in names)
         first = state["step"]
-        if log is not None:
-            log.close()
-            write_jsonl(out_dir / "log.jsonl", kept_rows[: state["log_rows"]])
-            log = JsonlAppender(out_dir / "log.jsonl")
-            kept_rows = log.rows
         if show:
             tqdm.write(f"continuing from {found.name} of {len(steps)} steps")
-    elif log is not None and kept_rows:
-        log.close()
-        write_jsonl(out_dir / "log.jsonl", [])
-        log = JsonlAppender(out_dir / "log.jsonl")
-        kept_rows = log.rows
-    logged = len(kept_rows)
-
-    def write_log(row: dict[str, Any]) -> None:
-        nonlocal logged
-        logged += 1
-        if log is not None:
-            log.append(row)
+    log = TrainingLog(out_dir / "log.jsonl" if main else None, kept=state.get("log_rows", 0))
 
     def run_probe(epoch: float) -> None:
         if probe is None or not main:
@@ -224,77 +134,85 @@ def train(
         with torch.random.fork_rng(), torch.no_grad():
             started = time.perf_counter()
             result = probe(model, processor, epoch)
-        write_log({"probe": result, "epoch": epoch, "seconds": round(time.perf_counter() - started, 1)})
+        log.write({"probe": result, "epoch": epoch, "seconds": round(time.perf_counter() - started, 1)})
 
     def checkpoint(step: int) -> None:
         if main:
+            saved = {**state, "log_rows": log.rows}
             save_checkpoint(
-                checkpoints,
-                step,
-                model.trained_state_dict(),
-                optimizer,
-                names,
-                {**state, "log_rows": logged},
-                settings.keep,
+                checkpoints, step, model.trained_state_dict(), optimizer, names, saved, settings.keep
             )
 
     started = time.perf_counter()
-    prefix = run_prefix(model.llm, data.prefix)
-    if first == 0 and found is None:
+    if found is None:
         run_probe(0)
-        if described is not None and settings.align_epochs and fixed_vectors(model):
-            state["align"] = warm_up(
-                recipe, model, processor, features, data, prefix, described, out_dir, write_log, show
-            )
+        warmed = recipe.trainable.connector and settings.align_epochs and fixed_vectors(model)
+        if described is not None and warmed and start_from is None:
+            state["align"] = warm_up(recipe, data.packs, student, described, out_dir, log.write, show)
             if state["align"]["epochs"]:
                 run_probe(WARMED_UP)
+    objective.begin(out_dir, resumed=found is not None)
+    if recipe.loss.l2_start and not origin.began:
+        origin.remember_start(out_dir / "start.safetensors", resumed=found is not None)
+    if found is None:
         state["seconds"] = time.perf_counter() - started
         checkpoint(0)
-    prefix_length = len(data.prefix)
     began, before = time.perf_counter(), state["seconds"]
     model.train()
-    tokens_seen = rows_seen = 0
+    rows_seen = 0
     with tqdm(total=len(steps), initial=first, desc="train", unit="step", disable=not show) as bar:
         for number in range(first, len(steps)):
             epoch, micro = steps[number]
             tick = time.perf_counter()
-            answer_tokens = sum(data.packs[i].answer_tokens for batch in micro for i in batch)
+            weight = max(1e-9, sum(objective.weight(batch) for batch in micro))
             optimizer.zero_grad(set_to_none=True)
             total = torch.zeros((), device=device)
-            padding, mine = 0.0, micro[accelerator.process_index :: accelerator.num_processes]
-            for batch_indices in mine:
-                batch = collate([data.packs[i] for i in batch_indices], prefix_length, processor.pad_token_id)
-                loss = batch_loss(model, batch, features, prefix, device)
-                if not all_finite(loss):
+            mine = list(enumerate(micro))[accelerator.process_index :: accelerator.num_processes]
+            padding, answer_tokens = 0.0, 0
+            figures: dict[str, list[float]] = {}
+            for place, batch_indices in mine:
+                done = objective.loss(batch_indices, f"{recipe.seed}-{number}-{place}")
+                if not all_finite(done.loss):
                     last = latest_checkpoint(checkpoints)
                     raise UserError(
-                        f"step {number + 1}: the loss is not finite on the rows {', '.join(batch.rows)}; "
+                        f"step {number + 1}: the loss is not finite on the rows {', '.join(done.rows)}; "
                         f"the last good checkpoint is {last}; try a lower optimizer.lr"
                     )
-                (loss / answer_tokens).backward()
-                total += loss.detach()
-                padding += batch.padding_share / len(mine)
+                if done.loss.requires_grad:  # rows that nothing trained takes part in teach nothing
+                    (done.loss / weight).backward()
+                total += done.loss.detach()
+                padding += done.padding_share / len(mine)
+                answer_tokens += done.answer_tokens
+                for name, (value, over) in done.figures.items():
+                    had = figures.setdefault(name, [0.0, 0.0])
+                    had[0], had[1] = had[0] + value, had[1] + over
+            if recipe.loss.l2_start and main:
+                moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                distance = l2_start(moved, origin.began)
+                (recipe.loss.l2_start * distance).backward()
+                figures["l2_start"] = [float(distance.detach()), 1.0]
             if accelerator.num_processes > 1:
                 for parameter in parameters:
                     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = accelerator.reduce(gradient, "sum")
                 total = accelerator.reduce(total, "sum")
+                counted = torch.tensor(answer_tokens, device=device)
+                answer_tokens = int(accelerator.reduce(counted, "sum"))
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            rate = learning_rate_at(number, len(steps), settings.lr, settings.warmup_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rates = set_learning_rates(optimizer, number, len(steps), settings.warmup_ratio)
             optimizer.step()
             seconds = time.perf_counter() - tick
-            tokens_seen += answer_tokens
             rows_here = sum(len(data.packs[i].rows) for batch in micro for i in batch)
             rows_seen += rows_here
-            mean = float(total) / answer_tokens
-            write_log(
+            mean = float(total) / weight
+            different = len(set(rates.values())) > 1
+            log.write(
                 {
                     "step": number + 1,
                     "epoch": epoch + 1,
                     "loss": round(mean, 5),
-                    "lr": rate,
+                    **{name: round(value / max(1e-9, over), 5) for name, (value, over) in figures.items()},
+                    "lr": rates if different else next(iter(rates.values())),
                     "grad_norm": round(float(norm), 4),
                     "rows": rows_here,
                     "answer_tokens": answer_tokens,
@@ -304,7 +222,7 @@ def train(
                 }
             )
             bar.update()
-            bar.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.1e}")
+            bar.set_postfix(loss=f"{mean:.3f}", lr=f"{max(rates.values()):.1e}")
             state["seconds"] = before + time.perf_counter() - began
             last_of_epoch = number + 1 == len(steps) or steps[number + 1][0] != epoch
             if last_of_epoch:
@@ -312,18 +230,19 @@ def train(
                 model.train()
             if last_of_epoch or (number + 1) % settings.checkpoint_every == 0:
                 checkpoint(number + 1)
-    if log is not None:
-        log.close()
+    log.close()
     counts = {
-        "rows": data.rows,
+        "rows": len(data.rows),
         "packs": len(data.packs),
         "rejected": len(rejects) + len(data.rejects),
         "steps": len(steps),
         "epochs": settings.epochs,
         "parameters": model.count_parameters(),
+        "parts": parts,
         "dtype": str(dtype).removeprefix("torch."),
         "align": state["align"],
-        "prefix_tokens": prefix_length,
+        "objective": {"style": recipe.style, "loss": recipe.loss.type, **objective.told},
+        "prefix_tokens": len(data.prefix),
         "rows_per_s": round(rows_seen / max(1e-9, time.perf_counter() - began), 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "seconds_training": round(state["seconds"], 1),
@@ -334,90 +253,76 @@ def train(
     return counts
 
 
-def fixed_vectors(model: Any) -> bool:
-    """Whether every clip becomes the same number of vectors, so that each can have a meaning of its own."""
-    return model.config.connector["type"] == "qformer"
+def needs_context(loss: Any) -> bool:
+    """Whether the base LLM, told the description, scores the rows too."""
+    if loss.type in ("ce", "kl"):
+        return loss.type == "kl" or loss.mask != "none"
+    return loss.reference == "context"
 
 
-def warm_up(
-    recipe: Recipe,
-    model: Any,
-    processor: Any,
-    features: FeatureStore,
-    data: TrainingSet,
-    prefix: Prefix,
-    described: Path,
-    out_dir: Path,
-    log: Callable[[dict[str, Any]], None],
-    progress: bool,
-) -> dict[str, Any]:
-    """What comes before training on answers: tune soft words, then draw the connector to them; returns what it did.
+def make_objective(
+    recipe: Recipe, student: Student, data: TrainingSet, origin: Origin, out_dir: Path, progress: bool
+) -> Objective:
+    """What the recipe's style and loss minimise."""
+    if recipe.style == "rollout":
+        judge = verify_answers(data)
+        return RolloutLoss(recipe.loss, student, data, origin, judge)
+    if recipe.style == "preference":
+        return PairLoss(recipe.loss, student, data, origin, out_dir, progress)
+    return TokenLoss(recipe.loss, student, data, origin, out_dir, progress)
 
-    Tuned soft words are kept in `out_dir`, so that a run killed during the alignment need not tune them again.
-    """
-    from speech_llm.targets.run import read_described
-    from speech_llm.training.align import align
-    from speech_llm.training.soft_words import SoftWords, learn_soft_words
 
+def plan_steps(recipe: Recipe, data: TrainingSet, processes: int) -> list[tuple[int, list[list[int]]]]:
+    """Every step of the run: its epoch (from 0) and its batches of pack numbers. A pure function of recipe and data."""
     settings = recipe.optimizer
-    clips = read_described(described)
-    features.fill([clip["audio"] for clip in clips], progress=progress)
-    device = model.llm.get_input_embeddings().weight.device
-    soft = SoftWords(
-        clips,
-        processor.tokenizer,
-        model.llm.get_input_embeddings().weight,
-        model.connector.num_vectors(1),
-        [name for name in recipe.describe.labels.values() if name != "transcript"],
-    )
-    tuned: dict[str, Any] | None = None
-    if settings.soft_word_epochs and soft.names:
-        kept = out_dir / "soft_words.safetensors"
-        if kept.exists():
-            soft.load_state_dict(safetensors.torch.load_file(kept))
-            tuned, told = (read_json(kept.with_suffix(".json"))[key] for key in ("counts", "log"))
-            for row in told:
-                log(row)
-        else:
-            told = []
+    per_step = settings.accumulate * processes
+    steps = []
+    for epoch in range(settings.epochs):
+        batches = plan_epoch(data.packs, settings.batch_tokens, recipe.seed, epoch)
+        steps += [(epoch, batches[start : start + per_step]) for start in range(0, len(batches), per_step)]
+    return steps if settings.max_steps is None else steps[: settings.max_steps]
 
-            def keep_and_log(row: dict[str, Any]) -> None:
-                told.append(row)
-                log(row)
 
-            tuned = learn_soft_words(
-                soft,
-                model,
-                data.packs,
-                {clip["audio"]: clip["attributes"] for clip in clips},
-                lambda batch, vectors: batch_loss(model, batch, features, prefix, device, vectors),
-                prefix_length=len(data.prefix),
-                pad_id=processor.pad_token_id,
-                epochs=settings.soft_word_epochs,
-                learning_rate=settings.soft_word_lr,
-                batch_tokens=settings.batch_tokens,
-                seed=recipe.seed,
-                log=keep_and_log,
-                progress=progress,
-            )
-            write_json(kept.with_suffix(".json"), {"counts": tuned, "log": told})
-            with atomic_write(kept, "wb") as handle:
-                handle.write(
-                    safetensors.torch.save({k: v.detach().cpu() for k, v in soft.state_dict().items()})
-                )
-    aligned = align(
-        model,
-        soft,
-        clips,
-        features,
-        tuned=tuned is not None,
-        epochs=settings.align_epochs,
-        learning_rate=settings.align_lr,
-        seed=recipe.seed,
-        log=log,
-        progress=progress,
-    )
-    return {**aligned, "soft_words": tuned}
+def _nothing_to_train(recipe: Recipe, examples: Path, data: TrainingSet, rejects: Path) -> str:
+    if any(row["reason"] == NO_CONTEXT for row in data.rejects):
+        key = "loss.mask" if getattr(recipe.loss, "mask", "none") != "none" else "loss.type"
+        key = "loss.reference" if hasattr(recipe.loss, "reference") else key
+        value = recipe
+        for name in key.split("."):
+            value = getattr(value, name)
+        return (
+            f"{key} is {value}, for which the base LLM must read a description in place of the sound, but targets.strategy "
+            f"{recipe.targets.strategy} gave no row of {examples} a 'context'; use targets that are written from a description, "
+            f"or another {key}"
+        )
+    return f"{examples}: no row can be trained on; {rejects} says why"
+
+
+def _load_start(model: Any, folder: Path) -> None:
+    """Load what an earlier training left; parts that it did not train stay as they are."""
+    import safetensors.torch
+
+    parameters = dict(model.named_parameters())
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    unknown = [
+        name for name in state if name not in parameters or parameters[name].shape != state[name].shape
+    ]
+    if unknown:
+        raise UserError(
+            f"{folder}: its {unknown[0]} does not fit the model of this recipe, so training cannot go on from it; "
+            "keep model and trainable.lora as they were there"
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def open_features(recipe: Recipe, model: Any, processor: Any) -> FeatureStore:
+    """The cache of encoder features; while the encoder is trained, features that are computed anew at every use."""
+    settings = recipe.model.encode, recipe.data.max_duration_s
+    if recipe.trainable.encoder_lora is not None:
+        return LiveFeatures(model, processor, *settings)
+    return FeatureStore(feature_root(), model, processor, *settings)
 
 
 def feature_root() -> Path:

@@ -1,0 +1,130 @@
+"""The model being trained, as the losses use it: packs in, logits at answer positions out; and as it was before.
+
+`Student` runs packs through encoder features, connector and LLM. `Origin` gives back the base LLM and the model as training
+began, for the time of a block, without a second model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from speech_llm.data.features import FeatureStore
+from speech_llm.data.packing import IGNORE, Pack, PackBatch, collate
+from speech_llm.files import atomic_write
+from speech_llm.kv_cache import Prefix, expanded
+from speech_llm.model.trainable import part_of
+
+
+@dataclass
+class Student:
+    """Model, processor, features of the clips, and the prefix that all packs leave out, run already."""
+
+    model: Any
+    processor: Any
+    features: FeatureStore
+    prefix: Prefix
+    prefix_length: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.llm.get_input_embeddings().weight.device
+
+    def batch(self, packs: Sequence[Pack]) -> PackBatch:
+        return collate(list(packs), self.prefix_length, self.processor.pad_token_id)
+
+    def vectors(self, clips: Sequence[str]) -> Tensor | None:
+        """The connector's vectors (total, llm_width) of clips one after the other; None without clips."""
+        if not clips:
+            return None
+        stacked, counts = self.features.stacked(clips, self.device)
+        return self.model.audio_vectors(stacked, counts)[0]
+
+    def answer_logits(self, batch: PackBatch, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (n, vocabulary) that predict the answer tokens of a batch, and these tokens (n,).
+
+        `vectors` stand for the batch's sounds instead of the connector's.
+        """
+        ids = batch.ids.to(self.device)
+        if vectors is None:
+            vectors = self.vectors(batch.clips)
+        embeds = self.model.embed(ids, vectors)
+        targets = batch.targets.to(self.device)
+        cache = expanded(self.prefix, len(ids)) if self.prefix else None
+        answer_mask = targets != IGNORE
+        logits = self.model(
+            inputs_embeds=embeds,
+            attention_mask=batch.mask.to(self.device),
+            position_ids=batch.positions.to(self.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            answer_mask=answer_mask,
+            has_audio=(ids == self.model.config.audio_token_id).any(dim=1),
+        ).logits
+        return logits, targets[answer_mask]
+
+    def token_log_probs(self, batch: PackBatch) -> Tensor:
+        """(n,) log-probability of each answer token of a batch."""
+        logits, targets = self.answer_logits(batch)
+        return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+class Origin:
+    """What the model was: the base LLM as it was loaded, and all that is trained as it was where training began."""
+
+    def __init__(self, model: Any) -> None:
+        """Remember the base LLM; `model` must not have been trained on yet."""
+        self.model = model
+        # Frozen weights and switched-off adapters are the base LLM already; only what moves itself has to be kept.
+        self.base_llm = {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad and part_of(name) == "llm"
+        }
+        self.began: dict[str, Tensor] = {}
+
+    def remember_start(self, path: Path, resumed: bool) -> None:
+        """Keep what is trained as it is now, in `path` too; a resumed run reads it from there."""
+        if resumed and path.exists():
+            self.began = safetensors.torch.load_file(path)
+        else:
+            self.began = {
+                n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad
+            }
+            with atomic_write(path, "wb") as handle:
+                handle.write(safetensors.torch.save({n: p.contiguous() for n, p in self.began.items()}))
+        device = next(self.model.parameters()).device
+        self.began = {name: value.to(device) for name, value in self.began.items()}
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """Within it `model.llm` is the base LLM: adapters off, weights as loaded."""
+        with self.model.adapters_off(), _exchanged(self.model, self.base_llm):
+            yield
+
+    @contextlib.contextmanager
+    def start(self) -> Iterator[None]:
+        """Within it the model is what it was where training began."""
+        with _exchanged(self.model, self.began):
+            yield
+
+
+@contextlib.contextmanager
+def _exchanged(model: Any, values: dict[str, Tensor]) -> Iterator[None]:
+    """Other values for some parameters for the time of a block; nothing is copied."""
+    parameters = dict(model.named_parameters())
+    now = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in now.items():
+            parameters[name].data = value

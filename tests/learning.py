@@ -1,0 +1,74 @@
+"""A tiny corpus and tiny models to learn it, for tests of how is learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from tiny_models import tiny_model
+
+import speech_llm.model
+from speech_llm.examples import Example, user_turn
+from speech_llm.recipe import Recipe, load_recipe
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+OPTIMIZER = {
+    "epochs": 3,
+    "batch_tokens": 256,
+    "lr": 0.01,
+    "align_epochs": 0,
+    "soft_word_epochs": 0,
+    "checkpoint_every": 1,
+    "precision": "float32",
+    "max_steps": None,
+}
+
+
+def tiny_recipe(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> Recipe:
+    """The quickstart recipe on tiny random models that `trainable` and `model` shape; `overrides` as `--set` takes them."""
+    monkeypatch.setenv("SPEECH_LLM_CACHE", str(folder / "cache"))
+    optimizer = [f"optimizer.{key}={'null' if value is None else value}" for key, value in OPTIMIZER.items()]
+    recipe = load_recipe(QUICKSTART, [*optimizer, *overrides])
+
+    def build(model: Any, trainable: Any, **_: Any) -> Any:
+        lora, encoder_lora = (
+            None if section is None else section.model_dump()
+            for section in (trainable.lora, trainable.encoder_lora)
+        )
+        made = tiny_model(lora=lora, encoder_lora=encoder_lora, gate_adapters=model.gate_adapters)
+        made[0].llm.requires_grad_(trainable.llm) if trainable.lora is None else None
+        made[0].connector.requires_grad_(trainable.connector)
+        return made
+
+    monkeypatch.setattr(speech_llm.model, "build_model", build)
+    return recipe
+
+
+def tiny_examples(folder: Path, clips: int = 6) -> list[Example]:
+    """Sounds that are low or high, with a description, and two questions about each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(clips):
+        gender = ("male", "female")[i % 2]
+        time_s = np.arange(8000 + 400 * i) / 16_000
+        tone = np.sin(2 * np.pi * (120, 400)[i % 2] * time_s) + 0.05 * rng.normal(size=len(time_s))
+        path = folder / f"c{i}.wav"
+        soundfile.write(path, 0.3 * tone, 16_000)
+        examples += [
+            Example(
+                id=f"c{i}/{question}",
+                messages=[
+                    user_turn(question, {"path": str(path), "transcript": f"word {i}"}),
+                    {"role": "assistant", "content": f"A {gender}."},
+                ],
+                context=f"The voice is {gender}.",
+                attributes={"gender": gender, "transcript": f"word {i}"},
+                source={"example": ["The voice is male.", "A male."]},
+            )
+            for question in ("who?", "man or woman?")
+        ]
+    return examples

@@ -1,0 +1,240 @@
+"""Each style of training as a whole, on tiny models: it learns what it should, leaves the rest alone, and resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from learning import tiny_examples, tiny_recipe
+from tiny_models import tiny_encoder, tiny_llm, tiny_model
+
+import speech_llm.training.loop as loop
+from speech_llm.data.features import FeatureStore
+from speech_llm.data.live import LiveFeatures
+from speech_llm.errors import UserError
+from speech_llm.examples import Example, write_examples
+from speech_llm.files import read_json, read_jsonl
+from speech_llm.model import SpeechLLMForConditionalGeneration
+from speech_llm.recipe import Recipe
+from speech_llm.training.rows import TrainingSet
+
+LORA = "trainable.lora={rank: 2, dropout: 0.1}"
+GRPO = "loss={type: grpo, answers: 4, max_new_tokens: 6}"
+STYLES = {
+    "kl": ["loss={type: kl, top_k: 20, ce: 0.5}"],
+    "stm": ["loss={mask: share, share: 0.3, l2_start: 0.01}", LORA],
+    "pretrain": ["style=pretrain", LORA],
+    "preference": ["style=preference", "loss={type: dpo, ce: 0.1}", LORA],
+    "rollout": ["style=rollout", GRPO, LORA],
+    "encoder": ["trainable.encoder_lora={rank: 2, dropout: 0.1}", "optimizer.part_lr.encoder=0.002"],
+    "whole": ["trainable.llm=true", "model.gate_adapters=false", "loss={type: kl, top_k: null}"],
+}
+TEXT = [{"role": "user", "content": "Say something."}]
+
+
+@pytest.fixture
+def setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`setting(*overrides)`: a recipe, with Examples for it in `tmp_path`."""
+
+    def make(*overrides: str) -> Recipe:
+        write_examples(tmp_path / "examples.jsonl", tiny_examples(tmp_path / "clips"))
+        return tiny_recipe(monkeypatch, tmp_path, *overrides)
+
+    return make
+
+
+def run(recipe: Recipe, folder: Path, probe: Any = None, **more: Any) -> dict[str, Any]:
+    examples = folder.parent / "examples.jsonl"
+    return loop.train(
+        recipe, examples, folder / "train", folder / "model", probe=probe, progress=False, **more
+    )
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(folder / "train" / "log.jsonl") if "step" in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_run_killed_between_steps_ends_as_an_uninterrupted_one(
+    setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
+) -> None:
+    recipe = setting(*STYLES[style], "optimizer.max_steps=4", "optimizer.batch_tokens=128")
+    run(recipe, tmp_path / "whole")
+    calls = 0
+
+    def killed(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = loop.set_learning_rates
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "set_learning_rates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "parts")
+    run(recipe, tmp_path / "parts")
+
+    def timeless(folder: Path) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in row.items() if "second" not in k and "_per_s" not in k} for row in steps(folder)
+        ]
+
+    assert len(timeless(tmp_path / "whole")) == 4
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_margin_of_a_preference_grows(setting: Any, tmp_path: Path) -> None:
+    recipe = setting("style=preference", "loss={type: dpo, beta: 0.5}", LORA, "optimizer.epochs=8")
+    counts = run(recipe, tmp_path / "run")
+    rows = steps(tmp_path / "run")
+    assert abs(rows[0]["margin"]) < 0.05
+    assert rows[-1]["margin"] > 1
+    assert rows[-1]["preferred"] == 1
+    assert rows[-1]["loss"] < 0.5 < rows[0]["loss"]
+    assert counts["objective"] == {"style": "preference", "loss": "dpo", "pairs": 12}
+
+
+def test_rewarded_answers_become_likelier(
+    setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy: an answer is worth the share of its characters that are vowels."""
+
+    def judge_vowels(_data: TrainingSet) -> Any:
+        def judge(_name: str, answer: str, _ended: bool) -> tuple[float, float]:
+            return sum(c in "aeiou" for c in answer.lower()) / max(1, len(answer)), 0.0
+
+        return judge
+
+    monkeypatch.setattr(loop, "verify_answers", judge_vowels)
+    recipe = setting(
+        "style=rollout", "loss={type: grpo, answers: 16, max_new_tokens: 4, beta: 0.0}",
+        "trainable.lora={rank: 8}", "optimizer.epochs=16", "optimizer.lr=0.02", "optimizer.batch_tokens=4096",
+    )  # fmt: skip
+    run(recipe, tmp_path / "run")
+    rewards = [row["reward"] for row in steps(tmp_path / "run")]
+    assert rewards[0] < 0.2
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.3
+    row = steps(tmp_path / "run")[-1]
+    assert row["kl"] > 0
+    assert {"right", "form", "answer_length", "cut_short"} <= set(row)
+
+
+def text_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+
+
+@pytest.mark.parametrize(("gate", "same"), [(True, True), (False, False)])
+def test_gated_adapters_leave_text_untouched_and_ungated_ones_do_not(
+    setting: Any, tmp_path: Path, gate: bool, same: bool
+) -> None:
+    models: list[Any] = []
+    recipe = setting(LORA, f"model.gate_adapters={str(gate).lower()}", "optimizer.epochs=2")
+    before = text_logits(tiny_model()[0])
+    run(recipe, tmp_path / "run", lambda model, *_: models.append(model) or {})
+    after = text_logits(models[-1])
+    assert torch.equal(before, after) == same
+    assert models[-1].text_path_is_base == same
+
+
+def parts() -> dict[str, Any]:
+    return {"use_llm": tiny_llm(), "use_encoder": tiny_encoder()}
+
+
+@pytest.mark.parametrize("style", ["encoder", "whole"])
+def test_what_was_trained_is_in_the_folder_and_loads(setting: Any, tmp_path: Path, style: str) -> None:
+    models: list[Any] = []
+    run(
+        setting(*STYLES[style], "optimizer.max_steps=3"),
+        tmp_path / "run",
+        lambda m, *_: models.append(m) or {},
+    )
+    loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / "run" / "model", **parts())
+    part = "encoder" if style == "encoder" else "llm"
+    fresh = dict(tiny_model()[0].named_parameters())
+    moved = [
+        name
+        for name, p in models[-1].named_parameters()
+        if name.startswith(part) and (name not in fresh or not torch.equal(p, fresh[name]))
+    ]
+    assert moved
+    own = dict(loaded.named_parameters())
+    assert all(torch.equal(own[name], p) for name, p in models[-1].named_parameters())
+    training = read_json(tmp_path / "run" / "model" / "training.json")
+    told = training["parts"]["encoder_adapters" if style == "encoder" else "llm"]
+    assert told["trained"] == told["parameters"] > 0
+    assert training["parts"]["encoder"]["trained"] == 0
+
+
+def test_features_of_a_trained_encoder_equal_the_cached_ones_and_carry_gradients(tmp_path: Path) -> None:
+    examples = tiny_examples(tmp_path / "clips", clips=4)
+    paths = list(dict.fromkeys(part["path"] for example in examples for part in example.audio_parts()))
+    model, processor = tiny_model(encoder_lora={"rank": 2})
+    live = LiveFeatures(model, processor)
+    stored = FeatureStore(tmp_path / "cache", model, processor)
+    stored.fill(paths, progress=False)
+    expected, counts = stored.stacked(paths)
+    found, lengths = live.stacked(paths)
+    assert torch.equal(counts, lengths)
+    assert torch.allclose(found, expected, atol=2e-3)
+    found.sum().backward()
+    gradients = [p.grad for name, p in model.encoder.named_parameters() if "lora_B" in name]
+    assert gradients
+    assert all(g is not None and bool(g.abs().sum() > 0) for g in gradients)
+
+
+def test_a_part_may_have_its_own_learning_rate_and_a_line_says_what_is_trained(
+    setting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = setting(LORA, "optimizer.part_lr.lora=0.001", "optimizer.max_steps=2")
+    loop.train(recipe, tmp_path / "examples.jsonl", tmp_path / "train", tmp_path / "model")
+    said = "".join(capsys.readouterr())
+    assert "parameters are trained" in said
+    assert "frozen: encoder" in said
+    row = next(row for _, row in read_jsonl(tmp_path / "train" / "log.jsonl") if "step" in row)
+    assert row["lr"]["connector"] == pytest.approx(10 * row["lr"]["adapters"])
+
+
+def test_l2_start_holds_the_parameters_where_they_began(setting: Any, tmp_path: Path) -> None:
+    moved = {}
+    for strength in (0.0, 100.0):
+        folder = tmp_path / f"l2-{strength}"
+        run(
+            setting(f"loss.l2_start={strength}", "optimizer.max_steps=4", "optimizer.weight_decay=0.0"),
+            folder,
+        )
+        start = dict(tiny_model()[0].named_parameters())
+        moved[strength] = sum(float((w - start[name]).pow(2).sum()) for name, w in weights(folder).items())
+    assert moved[100.0] < 0.5 * moved[0.0]
+    assert steps(tmp_path / "l2-100.0")[0]["l2_start"] == 0
+
+
+def test_kl_without_any_context_names_the_two_keys(setting: Any, tmp_path: Path) -> None:
+    recipe = setting("loss.type=kl")
+    examples = tiny_examples(tmp_path / "clips")
+    for example in examples:
+        example.context = None
+    write_examples(tmp_path / "examples.jsonl", examples)
+    with pytest.raises(UserError, match=r"loss\.type is kl.*targets\.strategy self gave no row"):
+        run(recipe, tmp_path / "run")
+
+
+def test_text_rows_beside_sound_train_without_a_gradient_of_their_own(setting: Any, tmp_path: Path) -> None:
+    recipe = setting("optimizer.max_steps=6", "optimizer.batch_tokens=64")
+    replay = [Example(id=f"r{i}", messages=[*TEXT, {"role": "assistant", "content": "ok"}]) for i in range(6)]
+    write_examples(tmp_path / "examples.jsonl", [*tiny_examples(tmp_path / "clips"), *replay])
+    counts = run(recipe, tmp_path / "run")
+    assert counts["rows"] == 18
+    assert counts["steps"] == 6
