@@ -19,7 +19,9 @@ Examples:
   speech-llm describe recordings/ --out described.jsonl --use gender,age_group,emotion=my/emotion.safetensors,event=OWNER/MODEL
   speech-llm describe my/metadata.jsonl --out described.jsonl --use gender --check sex=gender
   speech-llm describe openslr/librispeech_asr:clean/test --out described.jsonl --use duration
-Inputs that cannot be used go to described.rejects.jsonl with the reason. A stopped run goes on with the same command.""",
+  speech-llm describe recordings/ --out described.jsonl --use gender,transcript --form desta --include gender,transcript
+Inputs that cannot be used go to described.rejects.jsonl with the reason. A stopped run goes on with the same command, and
+what was found in a sound before is not computed again.""",
 )
 def describe(
     input: Annotated[
@@ -85,12 +87,45 @@ def describe(
             "--form", metavar="FORM", help="how descriptions are worded: sentence, desta, key_value"
         ),
     ] = "sentence",
+    include: Annotated[
+        str | None,
+        typer.Option(
+            "--include",
+            metavar="NAMES",
+            help="attributes that a description tells, in this order (default: all)",
+            show_default=False,
+        ),
+    ] = None,
+    random_order: Annotated[
+        bool, typer.Option("--random-order", help="tell them in another order in each description")
+    ] = False,
+    dropout: Annotated[
+        float,
+        typer.Option("--dropout", min=0, max=1, metavar="P", help="leave each out with this probability"),
+    ] = 0.0,
+    wording: Annotated[
+        Path | None,
+        typer.Option(
+            "--wording",
+            metavar="FILE",
+            help='JSON object: other words for parts of a sentence, {"emotion": "and sounds {value}"}',
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="for --dropout and --random-order")] = 0,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="ask every describer again, and keep nothing for another run")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Describe recordings in words: one JSON line each, in order."""
     from describers.run import DEFAULT_ASR, describe_inputs
     from describers.scoring import check_text
+    from describers.wording import check_wording
     from speech_llm.files import read_json
+
+    words = read_json(wording) if wording else {}
+    check_wording(words)
 
     columns = dict(pair_of(item) for item in label or [])
     maps = dict(pair_of(item, "--map", "emotion=labels.json", "ATTRIBUTE=FILE") for item in map_ or [])
@@ -107,6 +142,14 @@ def describe(
         progress=not quiet,
         label_maps={attribute: read_json(path) for attribute, path in maps.items()},
         checks=dict(pair_of(item, "--check", "sex=gender") for item in check or []),
+        telling={
+            "use": names_of(include, "--include") if include is not None else None,
+            "shuffle": random_order,
+            "drop": dropout,
+            "wording": words,
+            "seed": seed,
+        },
+        cache=not no_cache,
     )
     kept = f", {report.kept:,} of them by an earlier run" if report.kept else ""
     typer.echo(
@@ -118,6 +161,9 @@ def describe(
             for name, count in report.coverage.items()
         ]
         typer.echo("found: " + ", ".join(told))
+    if report.cached:
+        known = [f"{name} of {count:,}" for name, count in report.cached.items()]
+        typer.echo("known from before: " + ", ".join(known))
     for attribute, scores in report.checks.items():
         typer.echo(check_text(attribute, scores))
     for reason, count in report.reasons.items():
