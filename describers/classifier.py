@@ -49,6 +49,7 @@ class ClassifierDescriber:
         # Everything that a result depends on is in the name, which tells resumed runs apart.
         mapped = f" {sorted(self.label_map.items())}" if self.label_map else ""
         self.name = f"{attribute}={reference} from {self.threshold:g}{mapped}"
+        self.models: tuple[str, ...] = (reference,)
         self._device = device
         self._loaded: tuple[Any, Any, list[str | None], np.ndarray] | None = None
 

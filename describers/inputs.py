@@ -40,8 +40,8 @@ class Entry:
 def read_entries(source: str | Path, out: Path) -> Iterator[Entry]:
     """The entries of `source`, lazily and in order; a later entry with an id already used carries a reason.
 
-    `source`: a folder (its `metadata.jsonl`/`metadata.csv` files where it has any, its parquet files as a hub dataset,
-    else every sound file in it, sorted), a JSONL or CSV manifest, one sound file, or a hub dataset
+    `source`: a folder (its `metadata.jsonl`/`metadata.csv` files where it has any, its parquet files as a hub dataset, what
+    `save_to_disk` of the datasets library left there, else every sound file in it, sorted), a JSONL or CSV manifest, one sound file, or a hub dataset
     `OWNER/NAME[:SPLIT]` or `OWNER/NAME:CONFIG/SPLIT`. Paths are named relative to `out`'s folder, so that the output is
     itself a manifest; absolute ones stay absolute. Raises `UserError` when there is nothing to read.
     """
@@ -60,7 +60,7 @@ def count_entries(source: str | Path) -> int | None:
     if path.is_file() and path.suffix == ".jsonl":
         with open(path, "rb") as handle:
             return sum(1 for line in handle if line.strip())
-    if path.is_dir() and not _listings(path) and not _parquet(path):
+    if path.is_dir() and not _listings(path) and not _parquet(path) and not _saved(path):
         return len(_sound_files(path))
     return 1 if path.is_file() and path.suffix.lower() in SUFFIXES else None
 
@@ -89,7 +89,7 @@ def _stream(source: str, out: Path) -> Iterator[Entry]:
                     )
                     yield entry
                 offset = entry.line
-        elif _parquet(path):
+        elif _parquet(path) or _saved(path):
             yield from _hub(source, None, None, out)
         else:
             yield from _folder(path, out)
@@ -169,7 +169,10 @@ def _hub(name: str, config: str | None, split: str | None, out: Path) -> Iterato
 
     where = name if split is None else f"{name}:{split}"
     try:
-        loaded = datasets.load_dataset(name, config, split=split, streaming=True)
+        if Path(name).is_dir() and _saved(Path(name)):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # the library raises many kinds: no network, no such name, no such split
         kind = (
             "a dataset that could be loaded"
@@ -224,6 +227,11 @@ def _listings(folder: Path) -> list[Path]:
 
 def _parquet(folder: Path) -> bool:
     return any(True for _ in folder.rglob("*.parquet"))
+
+
+def _saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the datasets library wrote the folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _sound_files(folder: Path) -> list[Path]:

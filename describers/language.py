@@ -33,6 +33,7 @@ class LanguageDescriber:
     ) -> None:
         self.asr, self.threshold, self.batch_size = asr, threshold, batch_size
         self.name = f"language={asr} from {threshold:g}"
+        self.models: tuple[str, ...] = (asr,)
         self._device = device
         self._whisper: Whisper | None = None
         self._codes: list[str] = []

@@ -34,7 +34,8 @@ class Clip:
     """One recording to describe.
 
     `samples`: float32 mono at 16 kHz, shape (n,); None for a recording too long to hold, whose sound is then streamed
-    from `path`. `row`: the manifest line it came from (empty for a bare file). `known`: what describers that ran before
+    from `path`. `row`: the manifest line it came from (empty for a bare file). `sound`: `audio.audio_hash` of the samples, empty
+    where nobody asked for it. `known`: what describers that ran before
     found (the words for the speed, the gender for the pitch). `measured`: what describers measured on the way and others
     can use (where speech is, its pitch), so that it is measured once.
     """
@@ -44,6 +45,7 @@ class Clip:
     duration_s: float
     samples: np.ndarray | None = None
     row: dict[str, Any] = field(default_factory=dict)
+    sound: str = ""
     known: dict[str, Attribute] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -59,7 +61,8 @@ class Describer(Protocol):
     """Anything that hears: `describe` returns one dictionary a clip, leaving out what it cannot tell.
 
     A describer that looks at `Clip.known` has a further field, `reads`: the attributes it looks for. It then runs after
-    the describers that tell them, wherever it was named.
+    the describers that tell them, wherever it was named. One that has a `version` (anything that changes when its answers do)
+    promises to look at nothing but the sound and what it `reads`; its answers are cached, see `describers.cache`.
     """
 
     name: str

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from describers.records import Clip, windows
-from describers.transcript import SILENCE_DBFS, loudest_dbfs
+from describers.silence import SILENCE_DBFS, loudest_dbfs
 from speech_llm.audio import SAMPLE_RATE_HZ
 
 # The detector's own frame. Frames begin anew in every window of a long recording.

@@ -13,12 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from describers.records import Attribute, Clip, windows
+from describers.silence import SILENCE_DBFS, loudest_dbfs
 from describers.whisper import WINDOW_S, Heard, Whisper
 from speech_llm.audio import SAMPLE_RATE_HZ
 
-# A clip none of whose 50 ms frames is louder than this (dB re full scale) is taken for silence: 16-bit rounding noise
-# lies near -98, the quietest real recordings that we met had speech peaks near -45.
-SILENCE_DBFS = -65.0
 # Whisper's own rule (Radford et al. 2022, section 4.5): no speech when the no-speech token is likely and the text is not;
 # and in any case when the text is less likely than the last number. Chosen with tiny.en on 170 spoken clips and 52
 # of animals, machines and noise: of those transcribed half right 0.8 % are left out, of the noises 79 %.
@@ -44,6 +42,8 @@ class TranscriptDescriber:
         self, asr: str, batch_size: int = 48, padded: bool = False, device: str | None = None
     ) -> None:
         self.asr, self.batch_size, self.padded = asr, batch_size, padded
+        self.models: tuple[str, ...] = (asr,)
+        self.version = "padded" if padded else ""
         self._device = device
         self._whisper: Whisper | None = None
 
@@ -56,7 +56,7 @@ class TranscriptDescriber:
                 several, self._hear([p[2] for p in several]), strict=True
             ):
                 heard[index].append((start_s, start_s + len(samples) / SAMPLE_RATE_HZ, words))
-        return [self._attributes(segments) for segments in heard]
+        return [self._attributes(clip, segments) for clip, segments in zip(clips, heard, strict=True)]
 
     def _hear(self, sounds: Sequence[np.ndarray]) -> list[Heard]:
         loud = [index for index, samples in enumerate(sounds) if loudest_dbfs(samples) > SILENCE_DBFS]
@@ -69,8 +69,11 @@ class TranscriptDescriber:
                 out[index] = words
         return out
 
-    def _attributes(self, segments: list[tuple[float, float, Heard]]) -> dict[str, Attribute]:
-        spoken = [segment for segment in segments if is_speech(segment[2])]
+    def _attributes(self, clip: Clip, segments: list[tuple[float, float, Heard]]) -> dict[str, Attribute]:
+        if not any(is_speech(words) for _, _, words in segments):
+            return {}
+        spans = speech_activity(clip).spans
+        spoken = [segment for segment in segments if is_speech(segment[2], _within(spans, *segment[:2]))]
         if not spoken:
             return {}
         how = f"Whisper ({self.asr}), greedy"
@@ -84,19 +87,18 @@ class TranscriptDescriber:
         return found
 
 
-def is_speech(heard: Heard) -> bool:
-    """Whether the words are trustworthy enough to be called speech at all."""
+def _within(spans: Sequence[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Seconds of the spans that lie between two times."""
+    return sum(max(0.0, min(end, end_s) - max(start, start_s)) for start, end in spans)
+
+
+def is_speech(heard: Heard, speech_s: float | None = None) -> bool:
+    """Whether the words are trustworthy enough to be called speech at all.
+
+    `speech_s`: how long somebody speaks according to the voice detector, None where it was not asked.
+    """
     if not heard.text or heard.loop or heard.log_probability < LEAST_LOG_PROBABILITY:
         return False
     if heard.text.lower().strip(" .!,") in PHANTOMS and heard.log_probability < PHANTOM_LOG_PROBABILITY:
         return False
     return not (heard.no_speech > NO_SPEECH_PROBABILITY and heard.log_probability < LOG_PROBABILITY)
-
-
-def loudest_dbfs(samples: np.ndarray, frame_s: float = 0.05) -> float:
-    """Level of the loudest frame in dB re full scale, the mean (DC offset) removed."""
-    frame = round(frame_s * SAMPLE_RATE_HZ)
-    samples = samples - samples.mean() if len(samples) else samples
-    padded = np.pad(samples, (0, -len(samples) % frame)).reshape(-1, frame)
-    power = float(np.square(padded, dtype=np.float64).mean(axis=1).max(initial=0.0))
-    return 10 * math.log10(power) if power > 0 else -math.inf

@@ -100,7 +100,7 @@ def _label_rows(manifest: Path) -> dict[str, dict[str, Any]]:
 
 def _questioner(recipe: Recipe, run_dir: Path) -> Questioner:
     train = read_described(run_dir / "describe" / "train.jsonl")
-    return Questioner(train, recipe.describe.form, True, recipe.seed)
+    return Questioner(train, recipe.describe.form, True, recipe.seed, recipe.describe.telling(dropout=False))
 
 
 def _asked(

@@ -105,13 +105,15 @@ def read_jsonl(path: str | Path, on_bad_line: Any = None) -> Iterator[tuple[int,
 class JsonlAppender:
     """Appends rows to a JSON-lines file, one flushed line at a time, so that work done before a kill is kept.
 
-    On opening, a torn last line (a kill in the middle of a write) is cut off. `rows` are those already there.
+    On opening, a torn last line (a kill in the middle of a write) is cut off. `rows` are those already there (empty with
+    `keep` false, for files that are too long to hold), `count` how many they are.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, keep: bool = True) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
+        self.count = 0
         good_bytes = 0
         if self.path.exists():
             with open(self.path, "rb") as handle:
@@ -122,7 +124,9 @@ class JsonlAppender:
                         break
                     if not raw.endswith(b"\n"):
                         break
-                    self.rows.append(row)
+                    if keep:
+                        self.rows.append(row)
+                    self.count += 1
                     good_bytes += len(raw)
             os.truncate(self.path, good_bytes)
         self._handle = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()

@@ -77,6 +77,7 @@ def _describe(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
             label_columns=recipe.describe.labels or None,
             asr=recipe.describe.asr,
             form=recipe.describe.form,
+            telling={**recipe.describe.telling(), "seed": recipe.seed},
             only=only,
             progress=progress,
         )
@@ -184,7 +185,7 @@ STAGES: tuple[Stage, ...] = (
         lambda r: {
             "seed": r.seed,
             "llm": r.model.llm,
-            "form": r.describe.form,
+            "telling": _pick(r.describe, "form", "include", "order", "dropout", "wording"),
             "targets": {k: v for k, v in _pick(r.targets).items() if k != "prompts"},
         },
         lambda r, run: [
@@ -228,7 +229,7 @@ STAGES: tuple[Stage, ...] = (
         lambda r: {
             "seed": r.seed,
             "llm": r.model.llm,
-            "form": r.describe.form,
+            "telling": _pick(r.describe, "form", "include", "order", "wording"),
             "eval": {k: v for k, v in _pick(r.eval).items() if k != "prompts"},
         },
         lambda r, run: [

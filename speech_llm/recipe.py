@@ -192,6 +192,41 @@ class DescribeSection(Section):
     form: Literal["sentence", "desta", "key_value"] = Field(
         default="sentence", description="how a description is worded"
     )
+    include: list[Text] | None = Field(
+        default=None,
+        description="attributes that a description tells, in this order (and what a prompt asks for); null = all",
+    )
+    order: Literal["given", "random"] = Field(
+        default="given", description="order of the attributes; random = another one for each clip and prompt"
+    )
+    dropout: Share = Field(
+        default=0.0,
+        description="probability of leaving an attribute out of a description, never one that the prompt asks for",
+    )
+    wording: dict[str, Text] = Field(
+        default_factory=dict,
+        description='other words for parts of a sentence: {emotion: "and sounds {value}"}; see describers/wording.py',
+    )
+
+    def telling(self, dropout: bool = True) -> dict[str, Any]:
+        """How descriptions are told, as arguments of `describers.compose.compose`; without dropout for a test."""
+        return {
+            "use": self.include,
+            "drop": self.dropout if dropout else 0.0,
+            "shuffle": self.order == "random",
+            "wording": self.wording,
+        }
+
+    @field_validator("wording")
+    @classmethod
+    def _can_be_used(cls, wording: dict[str, str]) -> dict[str, str]:
+        from describers.wording import check_wording
+
+        try:
+            check_wording(wording)
+        except UserError as error:
+            raise PydanticCustomError("wording", "{sentence}", {"sentence": str(error)}) from None
+        return wording
 
     @field_validator("use")
     @classmethod

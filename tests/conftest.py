@@ -9,6 +9,15 @@ import pytest
 from speech_llm import assets
 
 
+@pytest.fixture(autouse=True)
+def describers_told_nothing_before(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What describers told in another test, or in another run on this machine, is not known here."""
+    path = tmp_path_factory.mktemp("cache") / "told.sqlite"
+    monkeypatch.setattr("describers.cache.default_path", lambda: path)
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct in transformers' form."""

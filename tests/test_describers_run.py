@@ -324,6 +324,22 @@ def test_a_hub_dataset_of_parquet_files_keeps_its_sounds_beside_the_output(tmp_p
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_dataset_saved_to_disk_is_described_like_its_files(tmp_path: Path, several: bool) -> None:
+    import datasets
+
+    files = [str(write_clip(tmp_path / f"{n}.wav", peak=0.1 * (n + 1))) for n in range(3)]
+    made = datasets.Dataset.from_dict({"id": ["x", "y", "z"], "sound": files, "gender": ["f", "m", "f"]})
+    made = made.cast_column("sound", datasets.Audio(sampling_rate=16000))
+    saved = datasets.DatasetDict({"train": made}) if several else made
+    saved.save_to_disk(tmp_path / "saved")
+    run(tmp_path / "saved", tmp_path / "out" / "d.jsonl")
+    rows = lines(tmp_path / "out" / "d.jsonl")
+    assert [row["id"] for row in rows] == ["x", "y", "z"]
+    assert [row["attributes"]["gender"] for row in rows] == ["female", "male", "female"]
+    assert [row["attributes"]["peak"] for row in rows] == pytest.approx([0.1, 0.2, 0.3], abs=0.01)
+
+
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_a_local_audio_folder_dataset_is_read_by_its_metadata(tmp_path: Path, form: str) -> None:
     for split in ("train", "test"):

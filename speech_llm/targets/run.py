@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,17 @@ def needs(prompt: PoolPrompt) -> set[str]:
 class Questioner:
     """Turns (clip, prompt, attempt) into the teacher's question, with its worked example."""
 
-    def __init__(self, clips: Sequence[dict[str, Any]], form: str, worked_example: bool, seed: int) -> None:
+    def __init__(
+        self,
+        clips: Sequence[dict[str, Any]],
+        form: str,
+        worked_example: bool,
+        seed: int,
+        telling: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`telling`: further arguments of `compose`; what a prompt asks for is told whatever they leave out."""
         self.form, self.worked_example, self.seed = form, worked_example, seed
+        self.telling = dict(telling or {})
         self.clips = list(clips)
         self._examples: dict[str, list[dict[str, Any]]] = {}
 
@@ -57,7 +66,7 @@ class Questioner:
         self, attributes: dict[str, Any], prompt: PoolPrompt, clip_id: str, attempt: int = 0
     ) -> Question:
         """The question about one clip; each attempt shows another worked example."""
-        context = compose(context_attributes(attributes, prompt), self.form)
+        context = self._context(attributes, prompt, clip_id, needs(prompt))
         example = None
         if self.worked_example and prompt.example:
             shown = self._examples_of(prompt)
@@ -66,10 +75,21 @@ class Questioner:
                 if pick["id"] == clip_id:
                     pick = shown[(attempt + 1) % len(shown)]
                 example = (
-                    compose(context_attributes(pick["attributes"], prompt), self.form),
+                    self._context(
+                        pick["attributes"], prompt, pick["id"], needs(prompt) | prompt.example_fields()
+                    ),
                     prompt.example_answer(pick["attributes"]),
                 )
         return Question(context, prompt.text, example)
+
+    def _context(self, attributes: dict[str, Any], prompt: PoolPrompt, clip_id: str, keep: set[str]) -> str:
+        return compose(
+            context_attributes(attributes, prompt),
+            self.form,
+            **self.telling,
+            keep=keep,
+            seed=f"{self.seed}-{clip_id}-{prompt.id}",
+        )
 
     def _examples_of(self, prompt: PoolPrompt) -> list[dict[str, Any]]:
         """A few clips as worked examples, with the asked attributes as different from each other as can be."""
@@ -120,7 +140,9 @@ def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool
         teacher,
         clips,
         asked,
-        Questioner(clips, recipe.describe.form, settings.worked_example, recipe.seed),
+        Questioner(
+            clips, recipe.describe.form, settings.worked_example, recipe.seed, recipe.describe.telling()
+        ),
         out_dir,
         attempts=settings.attempts,
         source={"strategy": "self", "teacher": recipe.model.llm, "seed": recipe.seed, "dataset": recipe.name},

@@ -1,0 +1,66 @@
+"""What the verbs share: the application that they are added to, the options that several have, and how these are read."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from speech_llm.errors import UserError
+
+app = typer.Typer(
+    name="speech-llm",
+    help="Teach an existing text LLM to hear without making it forget.",
+    epilog="""\b
+Start here:
+  speech-llm run recipes/quickstart.yaml
+  speech-llm chat runs/quickstart/model some.wav "What can you hear?"
+Each command has examples: speech-llm COMMAND --help""",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file", show_default=False)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="run folder (default: runs/<recipe name>)", show_default=False),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="change one key of the recipe; may be given many times",
+        show_default=False,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+
+def typed_command() -> str:
+    """What the user typed, fit to be typed again."""
+    return shlex.join(["speech-llm", *sys.argv[1:]])
+
+
+def names_of(text: str, option: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{option} {text!r}: expected names with commas between")
+    return names
+
+
+def pair_of(
+    text: str, option: str = "--label", example: str = "sex=gender", form: str = "COLUMN=ATTRIBUTE"
+) -> tuple[str, str]:
+    left, equals, right = (part.strip() for part in text.partition("="))
+    if not equals or not left or not right:
+        raise UserError(f"{option} {text}: expected {form}, for example {option} {example}")
+    return left, right

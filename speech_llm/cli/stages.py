@@ -1,0 +1,109 @@
+"""The verbs that run the stages of a recipe: run, targets, cache, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from speech_llm.cli.app import Out, Quiet, RecipePath, Set, app, typed_command
+
+
+def _print_keys(wanted: bool) -> None:
+    if wanted:
+        from speech_llm.recipe import Recipe
+        from speech_llm.recipe_errors import describe_keys
+
+        rows = list(describe_keys(Recipe))
+        width = max(len(name) for name, _, _ in rows)
+        for name, default, meaning in rows:
+            typer.echo(
+                f"{name:{width}}  {default}\n{'':{width}}    {meaning}"
+                if default
+                else f"{name:{width}}  {meaning}"
+            )
+        raise typer.Exit
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  speech-llm run recipes/quickstart.yaml
+  speech-llm run recipes/quickstart.yaml --set optimizer.max_steps=20 --set data.limit=40 --out runs/try
+  speech-llm run recipes/real_speech.yaml --set "data.manifests=[my/metadata.jsonl]"
+  speech-llm run --keys | less
+Finished stages are skipped; a run that was stopped goes on with the same command.""",
+)
+def run(
+    recipe: RecipePath,
+    out: Out = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys", is_eager=True, callback=_print_keys, help="list every key a recipe may have, and exit"
+        ),
+    ] = False,
+) -> None:
+    """All stages of a recipe: corpus, describe, targets, train, eval, report."""
+    from speech_llm.files import read_json
+    from speech_llm.summary import results_table
+
+    run_dir = _run_stages(recipe, out, set_, quiet, "report")
+    results = read_json(run_dir / "results.json")
+    typer.echo(f"\n{results_table(results)}\n")
+    typer.echo(f"report: {run_dir / 'report.html'}")
+    typer.echo(f'try it: speech-llm chat {run_dir / "model"} some.wav "What can you hear?"')
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  speech-llm targets recipes/quickstart.yaml
+  speech-llm targets recipes/quickstart.yaml --set targets.clips=20 --out runs/look   # then read runs/look/targets/examples.jsonl""",
+)
+def targets(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Up to the answers to learn: corpus, describe, targets."""
+    run_dir = _run_stages(recipe, out, set_, quiet, "targets")
+    typer.echo(f"answers: {run_dir / 'targets' / 'examples.jsonl'}")
+
+
+@app.command(
+    epilog="""\b
+Example:
+  speech-llm cache recipes/quickstart.yaml
+Training and evaluation fill the cache by themselves; this does it ahead, for instance on another machine.""",
+)
+def cache(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Encode every clip of a recipe once and keep the encoder's features."""
+    from speech_llm.pipeline import cache_features
+    from speech_llm.recipe import load_recipe
+
+    run_dir = _run_stages(recipe, out, set_, quiet, "corpus")
+    counts = cache_features(load_recipe(recipe, set_ or ()), run_dir, not quiet)
+    typer.echo(f"features: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  speech-llm train recipes/quickstart.yaml
+  speech-llm train recipes/quickstart.yaml --set optimizer.lr=5e-4 --out runs/slower""",
+)
+def train(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Up to a trained model: corpus, describe, targets, train."""
+    run_dir = _run_stages(recipe, out, set_, quiet, "train")
+    typer.echo(f"model: {run_dir / 'model'}")
+
+
+def _run_stages(recipe: Path, out: Path | None, overrides: list[str] | None, quiet: bool, until: str) -> Path:
+    """Run a recipe's stages up to `until`; returns the run folder."""
+    from speech_llm.pipeline import run_stages
+    from speech_llm.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    run_dir = out or Path("runs") / loaded.name
+    run_stages(loaded, run_dir, until, progress=not quiet, say=typer.echo, command=typed_command())
+    return run_dir
