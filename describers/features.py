@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from describers.pitch import VOICED, contour
 from speech_llm.audio import SAMPLE_RATE_HZ, audio_hash
 from speech_llm.model.encoding import check_encoder, encode, frames_of_samples, max_frames, reads_mel
 
@@ -26,7 +27,8 @@ BLOCKS = ("layers", "thirds", "spectrum", "pitch")
 # The level (RMS of the frames with sound, dB re full scale) that every sound is brought to.
 _LEVEL_DBFS = -23.0
 _FRAME = SAMPLE_RATE_HZ // 50
-# A frame this far below the loudest one is a pause: speech has a dynamic range of about 30 dB (Fletcher 1953).
+# A frame this far below the loudest one is a pause: the speech intelligibility index counts 30 dB as the range of speech
+# (ANSI S3.5); 5 dB more are a choice of ours.
 _PAUSE_DB = 35.0
 # Whisper hears padding, so only sounds padded to the same length share a batch; that length is the sound's own, rounded up.
 _QUANTUM_S = 0.5
@@ -200,29 +202,19 @@ def _spectrum(sound: np.ndarray, active: np.ndarray) -> np.ndarray:
 
 
 def _pitch(sound: np.ndarray, active: np.ndarray) -> np.ndarray:
-    """Of the fundamental frequency in octaves re 100 Hz: median, 10 %, 90 % quantiles, spread, mean step; then the share of
-    voiced frames and how periodic they are. By the normalised autocorrelation (Boersma 1993) of frames of 64 ms.
+    """Of the fundamental frequency in octaves re 100 Hz: median, 10 %, 90 % quantiles, spread, mean step from frame to frame;
+    then how many frames are voiced for each one with sound, and how surely they are. F0 as in `describers.pitch`.
     """
-    size = 1024
-    frames = _frames(sound, size, len(active))[active]
-    window = np.hanning(size)
-    frames = (frames - frames.mean(axis=1, keepdims=True)) * window
-    own = np.fft.irfft(np.square(np.abs(np.fft.rfft(frames, 2 * size, axis=1))), axis=1)[:, :size]
-    of_window = np.fft.irfft(np.square(np.abs(np.fft.rfft(window, 2 * size))))[:size]
-    shortest, longest = SAMPLE_RATE_HZ // 500, SAMPLE_RATE_HZ // 60
-    norm = own / np.maximum(own[:, :1], 1e-12) / np.maximum(of_window / of_window[0], 1e-3)
-    lags = np.arange(shortest, longest)
-    # Slightly for the shorter lag: its multiples are peaks just as high.
-    strength = norm[:, shortest:longest] - 0.01 * np.log2(lags / shortest)
-    best = strength.argmax(axis=1)
-    peak = norm[np.arange(len(norm)), lags[best]]
-    voiced = (peak > 0.5) & (best > 0) & (best < len(lags) - 1)
+    hz, confidence = contour(sound)
+    voiced = confidence >= VOICED
     if voiced.sum() < 3:
-        return np.array([0.8, 0.8, 0.8, 0.0, 0.0, 0.0, peak.mean()], np.float32)
-    octaves = np.log2(SAMPLE_RATE_HZ / lags[best[voiced]] / 100)
-    low, middle, high = np.quantile(octaves, [0.1, 0.5, 0.9])
-    step = np.abs(np.diff(octaves)).mean()
-    return np.array([middle, low, high, octaves.std(), step, voiced.mean(), peak[voiced].mean()], np.float32)
+        return np.array([0.8, 0.8, 0.8, 0.0, 0.0, 0.0, confidence.mean()], np.float32)
+    octaves = np.log2(hz / 100)
+    steps = np.abs(np.diff(octaves))[voiced[1:] & voiced[:-1]]
+    low, middle, high = np.quantile(octaves[voiced], [0.1, 0.5, 0.9])
+    share = voiced.mean() / active.mean()
+    found = [middle, low, high, octaves[voiced].std(), steps.mean() if len(steps) else 0.0]
+    return np.array([*found, share, confidence[voiced].mean()], np.float32)
 
 
 def _frames(sound: np.ndarray, size: int, count: int) -> np.ndarray:

@@ -6,9 +6,10 @@
     python -m describers.measure noise MANIFEST... --with MANIFEST      SNR found against noise mixed to order
     python -m describers.measure reverberation MANIFEST... --with MANIFEST   RT60 found against rooms of known decay
     python -m describers.measure calibrate MANIFEST...                  the constants that reverberation.py has
+    python -m describers.measure transcript MANIFEST... --split dev     words wrong, against plain Whisper
 
 A manifest has lines with `audio` (relative to it), `duration_s`, and where a table needs them `gender`, `text`, or
-`kind` (noise, rir) for `--with`. Clips are taken evenly over a manifest, so that the same command gives the same table.
+`kind` (noise, rir) for `--with`, or `split`. Clips are taken evenly over a manifest, so that the same command gives the same table.
 """
 
 from __future__ import annotations
@@ -33,14 +34,20 @@ from describers.reverberation import (
     reverberation_band,
     steepest_rt60_s,
 )
+from describers.run import DEFAULT_ASR
 from describers.speech_activity import speech_activity
 from describers.tempo import SYLLABLES_PER_NUCLEUS, PausesDescriber, SpeedDescriber, count_words
+from describers.transcript import TranscriptDescriber
 from describers.volume import VolumeDescriber
+from describers.whisper import Whisper
+from eval.matching import normalise_text
+from eval.stats import bootstrap_ratio
 from speech_llm.audio import SAMPLE_RATE_HZ, load_audio
 from speech_llm.errors import UserError
 from speech_llm.files import read_jsonl
 
 SNRS_DB = (0, 5, 10, 15, 20, 25, 30)
+BURSTS_S = ((0.1, 0.4), (0.3, 0.7), (1.0, 1.0))
 RT60S_S = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2)
 
 
@@ -251,16 +258,69 @@ def calibrate(clips: Sequence[Clip]) -> Iterator[str]:
     yield f"{len(clips)} clips; root mean square error {np.sqrt(np.mean(np.square(off))):.2f} s on the same clips"
 
 
+def transcript(clips: Sequence[Clip], asr: str) -> Iterator[str]:
+    """Word error rate of the transcript describer, left out counting as nothing said, and of Whisper as it comes.
+
+    Plain Whisper is the library's `generate`, greedy, on 30 s of every clip. Both texts go through Whisper's normaliser.
+    """
+    import torch
+
+    plain = Whisper(asr)
+    described = TranscriptDescriber(asr)
+    described.describe([again(clips[0])])  # loads it
+    start = time.process_time()
+    told = described.describe([again(clip) for clip in clips])
+    told_s = time.process_time() - start
+    start = time.process_time()
+    written = []
+    for clip in clips:
+        assert clip.samples is not None
+        made = plain.processor.feature_extractor(
+            clip.samples, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            tokens = plain.model.generate(made.input_features.to(plain.device), num_beams=1, do_sample=False)
+        written += plain.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    plain_s = time.process_time() - start
+    texts = [str(found["transcript"].value) if "transcript" in found else "" for found in told]
+    total_s = sum(clip.duration_s for clip in clips)
+    speakers = len({clip.row.get("speaker", clip.id) for clip in clips})
+    yield f"{len(clips)} clips of {speakers} speakers, {total_s:.0f} s; {texts.count('')} left out by the describer"
+    for name, said, spent_s in (("describer", texts, told_s), ("plain Whisper", written, plain_s)):
+        wrong, words = word_errors([clip.row["text"] for clip in clips], said)
+        low, high = bootstrap_ratio(wrong, words)
+        yield (
+            f"{name:14} {sum(wrong) / sum(words):6.1%} of {sum(words)} words wrong (95 % by clips {low:.1%} to {high:.1%}), "
+            f"{total_s / spent_s:.0f} times real time (CPU time)"
+        )
+
+
+def word_errors(texts: Sequence[str], said: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Of every clip the words substituted, deleted or inserted, and the words of the text."""
+    import jiwer
+
+    wrong, words = [], []
+    for text, heard in zip(texts, said, strict=True):
+        found = jiwer.process_words(normalise_text(text), normalise_text(heard))
+        wrong.append(found.substitutions + found.deletions + found.insertions)
+        words.append(found.substitutions + found.deletions + found.hits)
+    return wrong, words
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser("python -m describers.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("table", choices=("speed", "pitch", "tempo", "noise", "reverberation", "calibrate"))
+    parser.add_argument(
+        "table", choices=("speed", "pitch", "tempo", "noise", "reverberation", "calibrate", "transcript")
+    )
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
     parser.add_argument("--with", dest="other", type=Path, metavar="MANIFEST", help="noises or rooms")
     parser.add_argument("--limit", type=int, default=30, help="clips of each manifest (30)")
+    parser.add_argument("--split", help="only lines of this split")
+    parser.add_argument("--asr", default=DEFAULT_ASR, metavar="REF", help="the Whisper model of `transcript`")
     given = parser.parse_args(arguments)
     try:
-        for line in _table(given.table, given.manifests, given.other, given.limit):
+        for line in _table(given):
             print(line, flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -268,24 +328,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _table(name: str, manifests: Sequence[Path], other: Path | None, limit: int) -> Iterator[str]:
+def _table(given: argparse.Namespace) -> Iterator[str]:
+    name, other = given.table, given.other
+    only = {} if given.split is None else {"split": given.split}
+
+    def clips(**wanted: Any) -> list[Clip]:
+        return load(given.manifests, given.limit, **wanted, **only)
+
     if name == "speed":
-        return speed(load(manifests, limit))
+        return speed(clips())
     if name == "pitch":
-        return pitch(load(manifests, limit, gender=...))
+        return pitch(clips(gender=...))
     if name == "tempo":
-        return tempo(load(manifests, limit, least_s=1.5, text=...))
+        return tempo(clips(least_s=1.5, text=...))
+    if name == "transcript":
+        return transcript(clips(text=...), given.asr)
     if name == "calibrate":
-        return calibrate(load(manifests, limit, least_s=3.0))
+        return calibrate(clips(least_s=3.0))
     if name == "noise":
-        rng = np.random.default_rng(0)
-        white = rng.normal(size=20 * SAMPLE_RATE_HZ)
-        sounds = [("white", white), ("low", scipy.signal.lfilter([1], [1, -0.97], white))]
-        sounds += [] if other is None else _sounds(other, "noise", least_s=4.0)
-        return noise(load(manifests, limit, least_s=2.0), sounds)
-    return reverberation(
-        load(manifests, limit, least_s=3.0), [] if other is None else _sounds(other, "rir", least_s=0.0)
-    )
+        return noise(
+            clips(least_s=2.0), [*_made_noises(), *([] if other is None else _sounds(other, "noise", 4.0))]
+        )
+    return reverberation(clips(least_s=3.0), [] if other is None else _sounds(other, "rir", 0.0))
+
+
+def _made_noises() -> list[tuple[str, np.ndarray]]:
+    """White noise, low noise (most of it below 300 Hz), and white noise that comes and goes; 20 s each."""
+    white = np.random.default_rng(0).normal(size=20 * SAMPLE_RATE_HZ)
+    return [
+        ("white", white),
+        ("low", scipy.signal.lfilter([1], [1, -0.97], white)),
+        *((f"bursts {on_s:g}/{off_s:g} s", bursts(white, on_s, off_s)) for on_s, off_s in BURSTS_S),
+    ]
+
+
+def bursts(sound: np.ndarray, on_s: float, off_s: float, seed: int = 0) -> np.ndarray:
+    """The sound, heard for about `on_s`, silent for about `off_s` (each half to one and a half times that), and so on."""
+    rng = np.random.default_rng(seed)
+    gate = np.zeros(len(sound))
+    place = 0
+    while place < len(sound):
+        begin = place + round(rng.uniform(0.5, 1.5) * off_s * SAMPLE_RATE_HZ)
+        place = begin + round(rng.uniform(0.5, 1.5) * on_s * SAMPLE_RATE_HZ)
+        gate[begin:place] = 1
+    return sound * gate
 
 
 def _sounds(manifest: Path, kind: str, least_s: float) -> list[tuple[str, np.ndarray]]:

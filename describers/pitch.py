@@ -26,10 +26,11 @@ LOWEST_HZ, HIGHEST_HZ = 55.0, 600.0
 VOICED = 0.5
 # With less voiced speech than this the median says more about one vowel than about the voice.
 LEAST_VOICED_S = 0.3
-# After Hirst (2011): F0 of one speaker lies between 0.75 of its lower quartile and 2.5 times its upper quartile even when
-# lively; what lies outside is taken for an octave error or creak.
+# What lies below 0.75 of the lower quartile or above 2.5 times the upper one is taken for an octave error or creak. A choice
+# of ours: wide enough for lively speech.
 FLOOR_OF_QUARTILE, CEILING_OF_QUARTILE = 0.75, 2.5
-# Means of speaking F0: 119 Hz for men and 207 Hz for women (Traunmüller & Eriksson 1995, European languages). The 255 Hz of
+# Means of speaking F0: 119 Hz for men and 207 Hz for women, within 3 Hz of what Traunmüller & Eriksson (1995) call typical
+# (120 and 210 Hz). The 255 Hz of
 # children, some 3.5 semitones above the women, and the 2 semitones around the mean of a group that count as medium are
 # choices of ours: a voice outside them is among the higher or lower ones of its group (speakers of one gender differ by
 # about 3 semitones: `python -m describers.measure pitch`). With the gender unknown, low and high are what is
@@ -122,13 +123,19 @@ def track(samples: np.ndarray, tone: bool = False) -> np.ndarray:
     samples = samples - samples.mean()
     if tone:
         samples = np.maximum(samples - 0.5 * np.abs(samples).max(), 0.0)
+    hz, confidence = contour(samples)
+    return np.where(confidence >= VOICED, hz, 0.0)
+
+
+def contour(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F0 in Hz of every frame of 16 ms and how sure it is that the frame is voiced, 0 to 1: two arrays of shape (frames,)."""
     peak = float(np.abs(samples).max(initial=0.0))
     if peak == 0:
-        return np.zeros(len(samples) // 256)
+        silent = np.zeros(len(samples) // 256)
+        return silent, silent
     # The network answers with noise below a level of its own, whatever is in the sound.
     found = _swift().detect(samples * np.float32(0.5 / peak), SAMPLE_RATE_HZ, LOWEST_HZ, HIGHEST_HZ)
-    hz: np.ndarray = np.where(found.confidence >= VOICED, found.pitch_hz, 0.0)
-    return hz
+    return np.asarray(found.pitch_hz, np.float64), np.asarray(found.confidence, np.float64)
 
 
 def _in_speech(start_s: float, hz: np.ndarray, activity: Activity) -> np.ndarray:

@@ -17,16 +17,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from describers.noise import measure_snr
+from describers.noise import FRAME, SMOOTH, measure_snr, power_spectra, smoothed
 from describers.records import Attribute, Clip, windows
 from describers.speech_activity import speech_activity
 from describers.transcript import SILENCE_DBFS, loudest_dbfs
 from speech_llm.audio import SAMPLE_RATE_HZ
 
-_FRAME, _HOP = 512, 128  # 32 ms every 8 ms
+_HOP = 128  # a frame of 32 ms every 8 ms
 # Eight bands with equal ratios in the telephone's range, each wide enough that its envelope does not flutter.
-_EDGES = np.round(np.geomspace(250, 3400, 9) / SAMPLE_RATE_HZ * _FRAME).astype(int)
-_SMOOTH = 5
+_EDGES = np.round(np.geomspace(250, 3400, 9) / SAMPLE_RATE_HZ * FRAME).astype(int) - 1
 # A floor under every band, relative to its loudest frames: falls into digital silence (a gate, padding, synthesis) are no
 # room's, and recordings have a floor of their own about there.
 _FLOOR_DB = -40.0
@@ -39,8 +38,8 @@ LEAST_SPEECH_S = 2.0
 LEAST_SNR_DB = 15.0
 # What can be told apart: dry speech looks like 0.2 s, and beyond 2 s hardly anything falls within a word.
 LOWEST_S, HIGHEST_S = 0.2, 2.0
-# Studios and furnished small rooms have 0.2 to 0.4 s (ITU-R BS.1116); 0.7 s is the limit for larger classrooms, beyond
-# which speech suffers (ANSI/ASA S12.60). The word is left out within the usual error of a limit.
+# Listening rooms have 0.2 to 0.4 s (ITU-R BS.1116); 0.7 s is the limit for classrooms of up to 20,000 cubic feet
+# (ANSI/ASA S12.60). The word is left out within the usual error of a limit.
 DRY_S, REVERBERANT_S = 0.4, 0.7
 _WORD_MARGIN = 1.15
 # An impulse: nearly all before its peak is quiet, and its decay (Schroeder 1965) is a straight line from -5 to -25 dB.
@@ -67,7 +66,7 @@ class ReverberationDescriber:
             how = "decay of an impulse, backward integrated (Schroeder), -5 to -25 dB"
             return {} if rt60 is None else {"rt60_s": Attribute(round(rt60, 2), "s", how=how)}
         noise = measure_snr(clip)
-        if activity.speech_s < LEAST_SPEECH_S or noise is None or noise.snr_db < LEAST_SNR_DB:
+        if activity.speech_s < LEAST_SPEECH_S or noise is None or noise.quietest_db < LEAST_SNR_DB:
             return {}
         falls = [fall_slopes(samples) for _, samples in windows(clip)]
         rt60 = speech_rt60_s([np.concatenate(lines) for lines in zip(*falls, strict=True)])
@@ -104,16 +103,11 @@ def steepest_rt60_s(slopes: Sequence[np.ndarray]) -> tuple[float, float]:
 def fall_slopes(samples: np.ndarray) -> list[np.ndarray]:
     """Slopes in dB/s of straight lines through the band envelopes: for 0.13 s and for 0.26 s, each of shape (n,)."""
     samples = samples - samples.mean()
-    if len(samples) < _FRAME + _HOP * (_SMOOTH + _LINES[-1]):
+    if len(samples) < FRAME + _HOP * (SMOOTH + _LINES[-1]):
         return [np.zeros(0), np.zeros(0)]
-    window = np.hanning(_FRAME + 1)[:-1].astype(np.float32)
-    frames = np.lib.stride_tricks.sliding_window_view(samples, _FRAME)[::_HOP]
-    spectra = np.fft.rfft(frames * window, axis=1)
-    power = np.square(spectra.real) + np.square(spectra.imag)
-    bands = np.add.reduceat(power, _EDGES, axis=1)[:, :-1]
+    bands = np.add.reduceat(power_spectra(samples, _HOP), _EDGES, axis=1)[:, :-1]
     bands = bands + 10 ** (_FLOOR_DB / 10) * np.quantile(bands, 0.99, axis=0)
-    sums = np.concatenate([np.zeros((1, bands.shape[1])), np.cumsum(bands, axis=0, dtype=np.float64)])
-    level_db = 10 * np.log10(np.maximum((sums[_SMOOTH:] - sums[:-_SMOOTH]) / _SMOOTH, 1e-12))
+    level_db = 10 * np.log10(np.maximum(smoothed(bands), 1e-15))
     slopes = []
     for length in _LINES:
         time = np.arange(length) - (length - 1) / 2
@@ -137,7 +131,7 @@ def impulse_rt60_s(samples: np.ndarray) -> float | None:
     left = np.cumsum(power[peak:][::-1])[::-1]
     left_db = 10 * np.log10(np.maximum(left / left[0], 1e-12))
     part = np.flatnonzero((left_db <= -5) & (left_db >= -25))
-    if len(part) < _FRAME or left_db[-1] > -25:
+    if len(part) < FRAME or left_db[-1] > -25:
         return None
     time_s = part / SAMPLE_RATE_HZ
     slope = np.polyfit(time_s, left_db[part], 1)[0]

@@ -13,7 +13,7 @@ import scipy.signal
 import soundfile
 import soxr
 
-from describers.measure import exponential_room, in_room, load, medians, mixed
+from describers.measure import bursts, exponential_room, in_room, load, medians, mixed
 from describers.noise import NoiseDescriber, noise_band
 from describers.pitch import PitchDescriber, pitch_band, track
 from describers.records import Attribute, Clip
@@ -165,6 +165,21 @@ def test_snr_is_the_one_mixed_within_3_db(espeak_dir: Path, snr_db: int, low: bo
     found = NoiseDescriber().describe([clip(mixed(clip(spoken()), noise, snr_db))])[0]
     assert found["snr_db"].value == pytest.approx(snr_db, abs=3)
     assert "without speech" in found["snr_db"].how
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("snr_db", [0, 10])
+@pytest.mark.parametrize(("on_s", "off_s"), [(0.1, 0.4), (0.3, 0.7)])
+def test_noise_that_comes_and_goes_gets_no_number_and_no_wrong_word(
+    espeak_dir: Path, snr_db: int, on_s: float, off_s: float
+) -> None:
+    # As in any recording there is some noise between the bursts too.
+    recorded = clip(mixed(clip(np.pad(spoken(), SAMPLE_RATE_HZ)), white(8), 40))
+    for seed in range(3):
+        coming_and_going = bursts(white(8), on_s, off_s, seed)
+        found = NoiseDescriber().describe([clip(mixed(recorded, coming_and_going, snr_db))])[0]
+        assert "snr_db" not in found
+        assert found.get("noise", Attribute("noisy")).value == "noisy"
 
 
 @pytest.mark.assets
