@@ -74,15 +74,16 @@ def pack_rows(rows: list[Row], prefix_length: int, max_tokens: int) -> list[Pack
         for row in group:
             own = len(row.ids) - prefix_length
             if pack and length + own > max_tokens:
-                packs.append(_pack(pack, prefix_length))
+                packs.append(pack_group(pack, prefix_length))
                 pack, length = [], 0
             pack.append(row)
             length += own
-        packs.append(_pack(pack, prefix_length))
+        packs.append(pack_group(pack, prefix_length))
     return packs
 
 
-def _pack(rows: list[Row], prefix_length: int) -> Pack:
+def pack_group(rows: list[Row], prefix_length: int) -> Pack:
+    """One pack of rows with the same clips (or none): what they begin with alike is there once."""
     shared = min(min((span[0] for span in row.spans), default=len(row.ids)) - 1 for row in rows)
     first = rows[0].ids
     for row in rows:
