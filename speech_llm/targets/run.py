@@ -101,11 +101,11 @@ def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool
         source["editor"] = teachers["editor"].name
     counts, examples = write_rows(rows, write, teachers, out_dir, source=source, progress=progress)
     if settings.perplexity_rows and examples:
-        from speech_llm.targets.perplexity import mean_perplexity
+        from speech_llm.targets.perplexity import targets_perplexity
 
         llm, tokenizer = load(recipe.model.llm)
         counts.update(
-            mean_perplexity(
+            targets_perplexity(
                 llm, tokenizer, examples, settings.perplexity_rows, settings.batch_tokens, progress
             )
         )
