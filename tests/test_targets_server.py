@@ -37,7 +37,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
     lock = threading.Lock()
     requests: Counter[str]
     bodies: list[dict[str, Any]]
-    keys: list[str | None]
+    keys: list[tuple[str | None, str | None]]
     under_way = most_under_way = 0
     release: threading.Event
 
@@ -50,7 +50,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
             cls.requests[asked] += 1
             tries = cls.requests[asked]
             cls.bodies.append(body)
-            cls.keys.append(self.headers.get("Authorization"))
+            cls.keys.append((self.headers.get("Authorization"), self.headers.get("OpenAI-Organization")))
             cls.under_way += 1
             cls.most_under_way = max(cls.most_under_way, cls.under_way)
         try:
@@ -187,11 +187,12 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_unasked(
 ) -> None:
     url, handler = server
     monkeypatch.setenv("OPENAI_API_KEY", "private")
+    monkeypatch.setenv("OPENAI_ORG_ID", "private")
     monkeypatch.setenv("SOME_KEY", "sesame")
     ask(ServerTeacher(url, "m", Sampling()), "good a")
     ask(ServerTeacher(url, "m", Sampling(), api_key_env="SOME_KEY"), "good b")
-    assert "private" not in str(handler.keys[0])
-    assert handler.keys[1] == "Bearer sesame"
+    assert "private" not in str(handler.keys)
+    assert handler.keys[1] == ("Bearer sesame", None)
     with pytest.raises(UserError, match="environment variable ABSENT is not set"):
         ServerTeacher(url, "m", Sampling(), api_key_env="ABSENT")
 

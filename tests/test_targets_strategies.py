@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from speech_llm.errors import UserError
 from speech_llm.files import read_jsonl, write_jsonl
 from speech_llm.recipe import Recipe, load_recipe
 from speech_llm.targets.continuation import continuation, goes_on
@@ -23,7 +25,7 @@ from speech_llm.targets.prompts import PoolPrompt
 from speech_llm.targets.questions import Question, Questioner
 from speech_llm.targets.rewrite import banned, rewrite
 from speech_llm.targets.rows import Desk, Row, Writing
-from speech_llm.targets.run import choose_rows, summary, write_rows
+from speech_llm.targets.run import choose_rows, summary, write_rows, write_targets
 from speech_llm.targets.self_output import self_output
 from speech_llm.targets.teacher import NoAnswer, OnAnswer
 from speech_llm.targets.verify import closed_options
@@ -428,3 +430,96 @@ def small_run(out: Path, teacher: Script) -> None:
         clip["attributes"]["accent"] = f"accent {i}"
     desk = desk_of(clips, attempts=3)
     run(human_rows(clips), lambda row: own_answer(row, desk), teacher, out)
+
+
+# With a real generator and the whole stage
+
+
+def test_the_whole_stage_writes_examples_with_their_source_and_says_how_it_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiny_models import tiny_llm, tiny_tokenizer
+
+    loaded = []
+
+    def load(reference: str, precision: str) -> tuple[Any, Any]:
+        loaded.append(reference)
+        return tiny_llm(), tiny_tokenizer()
+
+    monkeypatch.setattr("speech_llm.assets.load_answering_llm", load)
+    clips = some_clips(6)
+    write_jsonl(tmp_path / "describe" / "train.jsonl", clips)
+    write_jsonl(tmp_path / "corpus" / "train.jsonl", [{"id": "c0", "question": "Who?", "answer": "Anna"}])
+    (tmp_path / "pool.yaml").write_text(
+        "prompts: [{id: gender, text: Man or woman?, asks: [gender], example: 'The speaker is {gender}.'}]\n"
+    )
+    settings = {"max_new_tokens": 5, "samples": 3}
+    recipe = recipe_with(tmp_path, strategy="self_output", **settings)
+    counts = write_targets(
+        recipe, tmp_path / "describe" / "train.jsonl", tmp_path / "targets", progress=False
+    )
+    rows = [row for _, row in read_jsonl(tmp_path / "targets" / "examples.jsonl")]
+    assert {row["id"] for row in rows} == {"c0/manifest", *(f"c{i}/gender" for i in range(1, 6))}
+    assert {row["source"]["kept"] for row in rows} == {"human"}  # a random LLM is never right
+    assert {row["source"]["attempt"] for row in rows} == {2}
+    assert said([row for row in rows if row["id"] == "c0/manifest"]) == ["Anna"]
+    journal = [row for _, row in read_jsonl(tmp_path / "targets" / "journal.jsonl")]
+    assert {row.get("sample", 0) for row in journal} == {0, 1, 2}
+    assert counts["perplexity"] > 1
+    assert counts["perplexity_rows"] == 6
+    assert counts["generated_tokens"] == sum(row["tokens"] for row in journal) > 0
+    assert "perplexity" in capsys.readouterr().out
+    assert loaded == [recipe.model.llm]
+
+    first = (tmp_path / "targets" / "examples.jsonl").read_bytes()
+    half = (tmp_path / "targets" / "journal.jsonl").read_bytes()[: -len(json.dumps(journal[-1])) // 2]
+    (tmp_path / "targets" / "journal.jsonl").write_bytes(half)
+    write_targets(recipe, tmp_path / "describe" / "train.jsonl", tmp_path / "targets", progress=False)
+    assert (tmp_path / "targets" / "examples.jsonl").read_bytes() == first
+
+    recipe = recipe_with(tmp_path, strategy="given", perplexity_rows=0)
+    write_targets(recipe, tmp_path / "describe" / "train.jsonl", tmp_path / "given", progress=False)
+    assert len(loaded) == 2  # the two runs above: nobody is asked now
+
+
+def test_the_editor_of_minimum_change_is_another_llm_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_models import tiny_llm, tiny_tokenizer
+
+    loaded = []
+
+    def load(reference: str, precision: str) -> tuple[Any, Any]:
+        loaded.append(reference)
+        return tiny_llm(seed=len(loaded)), tiny_tokenizer()
+
+    monkeypatch.setattr("speech_llm.assets.load_answering_llm", load)
+    write_jsonl(tmp_path / "describe" / "train.jsonl", some_clips(2))
+    (tmp_path / "pool.yaml").write_text(
+        "prompts: [{id: gender, text: Who?, asks: [gender], example: '{gender}'}]\n"
+    )
+    recipe = recipe_with(
+        tmp_path, strategy="minimum_change", max_new_tokens=4, **{"teacher.model": "big/one"}
+    )
+    counts = write_targets(
+        recipe, tmp_path / "describe" / "train.jsonl", tmp_path / "targets", progress=False
+    )
+    assert sorted(loaded) == sorted(["big/one", recipe.model.llm])
+    assert counts["rejected"] == 2
+    journal = [row for _, row in read_jsonl(tmp_path / "targets" / "journal.jsonl")]
+    assert {row.get("to") for row in journal} == {None, "editor"}
+
+
+@pytest.mark.parametrize("strategy", ["given", "rewrite"])
+def test_clips_without_a_persons_answer_are_a_sentence(tmp_path: Path, strategy: str) -> None:
+    clips = some_clips(2)
+    for clip in clips:
+        clip["how"]["gender"] = "by ear"
+    write_jsonl(tmp_path / "describe" / "train.jsonl", clips)
+    (tmp_path / "pool.yaml").write_text(
+        "prompts: [{id: gender, text: Who?, asks: [gender], example: '{gender}'}]\n"
+    )
+    with pytest.raises(UserError, match=rf"no clip of .* targets.strategy is '{strategy}'"):
+        write_targets(
+            recipe_with(tmp_path, strategy=strategy), tmp_path / "describe" / "train.jsonl", tmp_path / "out"
+        )

@@ -57,9 +57,9 @@ class ServerTeacher:
         # A package's model is known to a local server by its folder.
         self._served = str(resolve(name)) if name.startswith("pypi:") else name
         self._openai = openai
-        self._client = openai.OpenAI(
-            base_url=url, api_key=key, timeout=timeout_s, max_retries=retries, organization=None, project=None
-        )
+        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=retries)
+        # The library takes these from the environment; a server that was named by URL has no business with them.
+        self._client.organization = self._client.project = None
 
     def answer(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
         failed_in_a_row = 0
