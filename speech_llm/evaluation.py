@@ -20,7 +20,7 @@ from speech_llm.errors import UserError
 from speech_llm.examples import Message, user_turn
 from speech_llm.files import read_json, read_jsonl, write_json, write_jsonl
 from speech_llm.targets.prompts import PoolPrompt, load_pool
-from speech_llm.targets.run import Questioner, needs, read_described
+from speech_llm.targets.questions import Questioner, needs, read_described
 from speech_llm.targets.verify import closed_options, options_synonyms
 
 if TYPE_CHECKING:

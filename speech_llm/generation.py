@@ -113,13 +113,14 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_tokens: int = 4096,
     audio_token_id: int | None = None,
     on_done: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Answer every prompt; greedy when `temperature` is 0, else nucleus sampling with one seed per prompt.
 
+    `seed`: one for all (prompt i draws from seed + i), or each prompt's own.
     `batch_tokens` bounds rows x (longest prompt + answer) of a batch. `on_done(index, ids)` is called
     as soon as a prompt's answer is complete (progress bars, saving). The stop token is not part of the answer.
     A row's result does not depend on its batch-mates beyond rounding: padding is masked, positions are its own,
@@ -141,9 +142,10 @@ def generate(
         else [Group(len(p.ids) - 1, [i]) for i, p in enumerate(prompts)]
     )
     stop = set(stop_ids)
+    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     for batch in _batches(groups, prompts, max_new_tokens, batch_tokens):
         members, logits, layers, mask = _prefill(llm, prompts, batch, start, prefix, batch_tokens, packable)
-        generators = [torch.Generator().manual_seed(seed + i) for i in members] if temperature > 0 else None
+        generators = [torch.Generator().manual_seed(seeds[i]) for i in members] if temperature > 0 else None
         sample = _Sampler(temperature, top_p, generators)
         for row, ids in _decode(llm, logits, layers, mask, sample, stop, max_new_tokens):
             answers[members[row]] = ids
@@ -379,15 +381,24 @@ def answer_chats(
     *,
     max_new_tokens: int = 64,
     batch_tokens: int = 4096,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
     on_answer: Callable[[int, str, int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers of a text LLM to chats (lists of `{"role", "content": str}`), in order.
+    """Answers of a text LLM to chats (lists of `{"role", "content": str}`), in order; greedy at `temperature` 0.
 
     What chats share at their beginning (a worked example) is computed once; a chat that occurs twice is answered once.
+    `seeds`: one per chat, what it draws from when sampled (default: 0 for all); a chat with two seeds has two answers, and
+    the same chat and seed have the same answer whatever else is asked.
     `on_answer(index, text, tokens)` is called for the first of equal chats, as soon as it is answered.
     """
     stop_ids = end_of_turn_ids(tokenizer, llm)
-    keys = [json.dumps(chat, sort_keys=True, ensure_ascii=False) for chat in chats]
+    chosen = [0] * len(chats) if seeds is None or temperature <= 0 else list(seeds)
+    keys = [
+        f"{seed} {json.dumps(chat, sort_keys=True, ensure_ascii=False)}"
+        for seed, chat in zip(chosen, chats, strict=True)
+    ]
     first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first_of.values())
     answered: dict[int, str] = {}
@@ -411,6 +422,9 @@ def answer_chats(
         prompts,
         stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=[chosen[i] for i in unique],
         batch_tokens=batch_tokens,
         on_done=done,
     )

@@ -29,7 +29,7 @@ from speech_llm.files import (
     stable_hash,
     write_json,
 )
-from speech_llm.recipe import Recipe
+from speech_llm.recipe import OF_LABELS, Recipe
 
 Say = Callable[[str], None]
 PACKAGES = ("speech-llm", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
@@ -60,7 +60,7 @@ def _corpus(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
 
 def _describe(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
     from describers.run import describe_inputs
-    from speech_llm.targets.run import asked_first
+    from speech_llm.targets.questions import asked_first
 
     counts: dict[str, Any] = {}
     for split in _splits(run_dir / "corpus"):
@@ -154,6 +154,14 @@ def _pick(section: Any, *keys: str) -> dict[str, Any]:
     return {key: values[key] for key in keys} if keys else values
 
 
+def _targets_part(recipe: Recipe) -> dict[str, Any]:
+    """What decides the targets: not where a server is and how it is reached, so that a stopped stage can go on elsewhere."""
+    part = {key: value for key, value in _pick(recipe.targets).items() if key != "prompts"}
+    if part["teacher"] is not None:
+        part["teacher"] = {key: part["teacher"][key] for key in ("backend", "model")}
+    return part
+
+
 STAGE_NAMES = ("corpus", "describe", "targets", "train", "eval", "report")
 # Bump a stage's version with every change that makes the same recipe and input give another output.
 STAGES: tuple[Stage, ...] = (
@@ -186,12 +194,14 @@ STAGES: tuple[Stage, ...] = (
             "seed": r.seed,
             "llm": r.model.llm,
             "telling": _pick(r.describe, "form", "include", "order", "dropout", "wording"),
-            "targets": {k: v for k, v in _pick(r.targets).items() if k != "prompts"},
+            "targets": _targets_part(r),
         },
         lambda r, run: [
             run / "describe" / "train.jsonl",
+            # People's own questions and answers stand in the manifest alone.
+            *([run / "corpus" / "train.jsonl"] if r.targets.strategy in OF_LABELS else []),
             r.resolve_path(r.targets.prompts),
-            *_local_models(r.model.llm),
+            *_local_models(r.model.llm, (r.targets.teacher and r.targets.teacher.model) or ""),
         ],
         _targets,
     ),

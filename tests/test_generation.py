@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from speech_llm.generation import Prompt, comparable_ids, generate, group_prompts, shared_length
+from speech_llm.generation import Prompt, answer_chats, comparable_ids, generate, group_prompts, shared_length
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,26 @@ def test_sampling_is_reproducible_and_row_by_row(llm: LlamaForCausalLM) -> None:
     assert together == generate(llm, prompts, **options)  # type: ignore[arg-type]
     assert together[0] == generate(llm, prompts[:1], **options)[0]  # type: ignore[arg-type]
     assert together != generate(llm, prompts, **{**options, "seed": 4})  # type: ignore[arg-type]
+
+
+def test_a_sampled_chat_depends_on_its_own_seed_and_nothing_else() -> None:
+    from tiny_models import tiny_llm, tiny_tokenizer
+
+    model, tokenizer = tiny_llm(initializer_range=0.4), tiny_tokenizer()
+    chats = [[{"role": "user", "content": text}] for text in ("a", "b b", "a", "a", "c c c")]
+    options = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9}
+    told: list[int] = []
+    answers = answer_chats(
+        model, tokenizer, chats, seeds=[1, 2, 3, 1, 4],
+        on_answer=lambda index, text, tokens: told.append(index), **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert answers[0] == answers[3]
+    assert answers[0] != answers[2]
+    assert sorted(told) == [0, 1, 2, 4]
+    assert answer_chats(model, tokenizer, chats[2:3], seeds=[3], **options) == answers[2:3]  # type: ignore[arg-type]
+    greedy = answer_chats(model, tokenizer, chats, seeds=[1, 2, 3, 1, 4], max_new_tokens=6)
+    assert greedy[0] == greedy[2]
+    assert greedy == answer_chats(model, tokenizer, chats, max_new_tokens=6)
 
 
 def test_prompts_that_begin_alike_are_grouped_where_it_saves_most() -> None:

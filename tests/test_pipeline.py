@@ -271,12 +271,33 @@ def test_each_recipe_key_belongs_to_the_stages_that_read_it(recipe_file: Path) -
     assert changed(recipe_file, "data.limit=3") == ["corpus"]
     assert changed(recipe_file, "describe.asr=x/y") == ["describe"]
     assert changed(recipe_file, "targets.attempts=5") == ["targets"]
+    assert changed(recipe_file, "targets.strategy=given") == ["targets"]
+    assert changed(recipe_file, "targets.teacher={backend: openai, url: http://x}") == ["targets"]
     assert changed(recipe_file, "optimizer.lr=0.5") == ["train"]
     assert changed(recipe_file, "optimizer.checkpoint_every=7") == []
     assert changed(recipe_file, "model.connector.queries=4") == ["train"]
     assert changed(recipe_file, "eval.limit=5") == ["eval"]
     assert changed(recipe_file, "model.llm=x/y") == ["targets", "train", "eval"]
     assert changed(recipe_file, "seed=5") == ["corpus", "targets", "train", "eval"]
+
+
+def test_a_server_may_move_and_be_asked_otherwise_without_losing_what_it_answered(recipe_file: Path) -> None:
+    stage = next(stage for stage in STAGES if stage.name == "targets")
+    one, other = (
+        load_recipe(
+            recipe_file, [f"targets.teacher={{backend: openai, url: {url}, concurrency: {at_a_time}}}"]
+        )
+        for url, at_a_time in (("http://a/v1", 1), ("http://b/v1", 9))
+    )
+    assert stage.part(one) == stage.part(other)
+    assert stage.part(one) != stage.part(load_recipe(recipe_file))
+
+
+def test_targets_depend_on_the_manifest_where_people_answer(recipe_file: Path, tmp_path: Path) -> None:
+    stage = next(stage for stage in STAGES if stage.name == "targets")
+    for strategy, depends in (("self", False), ("rewrite", True)):
+        inputs = stage.inputs(load_recipe(recipe_file, [f"targets.strategy={strategy}"]), tmp_path)
+        assert (tmp_path / "corpus" / "train.jsonl" in inputs) is depends
 
 
 @pytest.fixture

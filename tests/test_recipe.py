@@ -111,11 +111,61 @@ def test_missing_key_is_told_with_its_section(recipe_file: Path) -> None:
     assert said.startswith(f"{recipe_file}, line 7: the key 'targets.prompts' is missing (prompt pool")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["targets.samples=4"], ["targets.samples is 4", "targets.strategy is 'self'"]),
+        (
+            ["targets.strategy=self_output", "targets.temperature=0.0"],
+            ["targets.temperature is 0", "targets.samples would be the same answer"],
+        ),
+        (["targets.strategy=teacher"], ["targets.strategy is 'teacher'", "targets.teacher names no model"]),
+        (
+            ["targets.strategy=teacher", "targets.teacher={backend: transformers}"],
+            ["targets.strategy is 'teacher'", "targets.teacher names no model"],
+        ),
+        (
+            ["targets.strategy=teacher", "targets.teacher.model=x/y", "model.llm=x/y"],
+            ["targets.teacher.model and model.llm are both 'x/y'"],
+        ),
+        (["targets.teacher.model=x/y"], ["targets.teacher.model is 'x/y'", "targets.strategy is 'self'"]),
+        (
+            ["targets.strategy=given", "targets.teacher={backend: vllm}"],
+            ["targets.teacher is given", "targets.strategy is 'given'"],
+        ),
+        (
+            ["targets.strategy=rewrite", "describe.use=[transcript]", "describe.labels={}", "eval.attributes=[]"],
+            ["targets.strategy is 'rewrite'", "describe.use has no 'labels'"],
+        ),
+        (
+            ["targets.strategy=continuation", "describe.use=[labels]", "model.use_transcript=false"],
+            ["targets.strategy is 'continuation'", "describe.use has no 'transcript'"],
+        ),
+        (["targets.teacher.backend=openai"], ["backend is 'openai'", "targets.teacher.url is missing"]),
+        (["targets.teacher.url=http://x"], ["targets.teacher.url is given", "backend is 'transformers'"]),
+    ],
+)  # fmt: skip
+def test_targets_that_contradict_each_other_name_both_keys_and_why(
+    recipe_file: Path, overrides: list[str], keys: list[str]
+) -> None:
+    said = error(recipe_file, *overrides)
+    assert all(key in said for key in keys), said
+
+
+def test_strategies_that_fit_together_are_accepted(recipe_file: Path) -> None:
+    server = "targets.teacher={backend: openai, url: 'http://127.0.0.1:8000/v1'}"
+    for overrides in (
+        ["targets.strategy=self_output", "targets.samples=4"],
+        ["targets.strategy=self_output", "targets.samples=1", "targets.temperature=0.0"],
+        ["targets.strategy=minimum_change", "targets.teacher.model=x/y"],
+        ["targets.strategy=teacher", "targets.teacher.model=x/y", server.replace("}", ", model: z}")],
+        [server],
+    ):
+        again = load_recipe(recipe_file, overrides)
+        assert again.targets.drawn_samples == (again.targets.samples or 1)
+
+
 def test_values_that_are_not_implemented_list_those_that_are(recipe_file: Path) -> None:
-    said = error(recipe_file, "targets.strategy=continuation")
-    assert said.endswith(
-        "targets.strategy is 'continuation', which is not implemented yet; implemented: self"
-    )
     assert "mixture.replay is not implemented yet" in error(recipe_file, "mixture.replay=0.05")
     assert "trainable.encoder is not implemented yet" in error(recipe_file, "trainable.encoder=true")
 

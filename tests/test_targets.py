@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import pytest
 
 from speech_llm.errors import UserError
 from speech_llm.files import read_jsonl
+from speech_llm.targets.own import own_answer
 from speech_llm.targets.prompts import PoolPrompt, load_pool
-from speech_llm.targets.run import Questioner, choose_prompts, context_attributes, self_targets
-from speech_llm.targets.teacher import Question
-from speech_llm.targets.verify import closed_options, verdict
+from speech_llm.targets.questions import Question, Questioner, choose_prompts, context_attributes
+from speech_llm.targets.rows import Desk, Row
+from speech_llm.targets.run import write_rows
+from speech_llm.targets.teacher import OnAnswer
+from speech_llm.targets.verify import breaks_format, closed_options, loses, verdict
 
 OPTIONS = {"gender": ["female", "male"], "accent": ["American", "British"]}
 GENDER = PoolPrompt("gender", "Man or woman?", ("gender",), "The speaker is {gender}.")
@@ -46,6 +49,51 @@ def test_an_answer_must_name_what_was_asked_and_contradict_nothing(
     prompt: PoolPrompt, answer: str, outcome: str
 ) -> None:
     assert verdict(answer, prompt, CLIP, OPTIONS) == outcome
+
+
+@pytest.mark.parametrize(
+    ("wanted", "right", "wrong"),
+    [
+        ({"words_at_most": 3}, "A female speaker", "It is a female speaker."),
+        ({"sentences": 2}, "It is a woman. She is British.", "It is a woman, who is British."),
+        ({"bullets": 2}, "- a woman\n- British", "A woman\n- British"),
+        ({"lines": 2}, "a woman\n\nBritish", "a woman, British"),
+        ({"case": "lower"}, "a woman, 30", "A woman"),
+        ({"case": "upper"}, "A WOMAN!", "A woman!"),
+        ({"starts_with": "Voice:"}, "Voice: female", "The voice: female"),
+        ({"ends_with": "Over."}, "It is a woman. Over.", "It is a woman."),
+    ],
+)
+def test_an_answer_must_have_the_form_that_was_asked_for(
+    wanted: dict[str, Any], right: str, wrong: str
+) -> None:
+    assert breaks_format(right, wanted) is None
+    assert str(breaks_format(wrong, wanted)).startswith("breaks the form")
+    assert verdict(wrong, PoolPrompt("f", "?", ("gender",), format=wanted), CLIP, OPTIONS).startswith(
+        "breaks"
+    )
+
+
+@pytest.mark.parametrize(
+    ("human", "answer", "lost"),
+    [
+        ("a dog", "I hear a dog barking.", False),
+        ("a dog", "I hear a cat.", True),
+        ("one", "Someone speaks.", True),
+        ("The meeting with Anna is at 9 in Leeds today.", "At 9 today Anna is met in Leeds.", False),
+        ("The meeting with Anna is at 9 in Leeds today.", "At 10 today Anna is met in Leeds.", True),
+        ("The meeting with Anna is at 9 in Leeds today.", "There is a meeting at 9 in Leeds.", True),
+    ],
+)
+def test_what_a_person_answered_must_still_be_said(human: str, answer: str, lost: bool) -> None:
+    assert (loses(answer, human) is not None) is lost
+
+
+def test_of_few_choices_exactly_the_persons_must_be_named() -> None:
+    choices = ("left", "right", "up")
+    assert loses("It goes to the left.", "left", choices) is None
+    assert loses("Left or right.", "left", choices) == "drops the human answer"
+    assert loses("It goes up.", "left", choices) == "contradicts the human answer"
 
 
 def test_free_text_is_no_choice() -> None:
@@ -87,38 +135,39 @@ def test_prompts_are_dealt_evenly_and_only_where_they_can_be_answered() -> None:
 class Parrot:
     """A teacher that gets every first attempt wrong, and stops after `limit` new answers."""
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.answered: dict[Question, str] = {}
-        self.tokens, self.new, self.limit = 0, 0, limit
-        self.seen: list[Question] = []
+    name = "parrot"
 
-    def answer(
-        self, questions: Sequence[Question], on_answer: Callable[[Question, str], None] | None = None
-    ) -> list[str]:
-        for question in dict.fromkeys(questions):
-            if question in self.answered:
-                continue
+    def __init__(self, limit: int | None = None) -> None:
+        self.new, self.limit = 0, limit
+
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
+        for question in questions:
             if self.limit is not None and self.new == self.limit:
                 raise KeyboardInterrupt
             self.new += 1
-            self.seen.append(question)
             said = "female" if "woman" in question.context or "female" in question.context else "male"
             first = question.example is not None and question.example[1].endswith(" female.")
-            self.answered[question] = "Hm." if first else f"The speaker is {said}."
-            if on_answer is not None:
-                on_answer(question, self.answered[question])
-        return [self.answered[question] for question in questions]
+            on_answer(question, "Hm." if first else f"The speaker is {said}.", 3)
+
+
+def self_targets(
+    teacher: Parrot, clips: list[dict[str, Any]], prompt: PoolPrompt, out: Path, attempts: int
+) -> dict[str, Any]:
+    desk = Desk(
+        Questioner(clips, "sentence", True, 0),
+        closed_options([clip["attributes"] for clip in clips]),
+        attempts,
+    )
+    rows = [Row(clip, prompt) for clip in clips]
+    return write_rows(rows, lambda row: own_answer(row, desk), {"llm": teacher}, out, progress=False)[0]
 
 
 def test_failed_answers_are_asked_again_with_another_example_and_a_killed_stage_goes_on(
     tmp_path: Path,
 ) -> None:
     clips = some_clips(12)
-    asked = [(clip, GENDER) for clip in clips]
     whole, out = Parrot(), tmp_path / "whole"
-    counts = self_targets(
-        whole, clips, asked, Questioner(clips, "sentence", True, 0), out, attempts=4, progress=False
-    )
+    counts = self_targets(whole, clips, GENDER, out, attempts=4)
     assert counts["kept"] == 12
     rows = [row for _, row in read_jsonl(out / "examples.jsonl")]
     assert [row["id"] for row in rows] == [f"c{i}/gender" for i in range(12)]
@@ -127,24 +176,16 @@ def test_failed_answers_are_asked_again_with_another_example_and_a_killed_stage_
 
     parts = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        self_targets(
-            Parrot(2), clips, asked, Questioner(clips, "sentence", True, 0), parts, attempts=4, progress=False
-        )
+        self_targets(Parrot(2), clips, GENDER, parts, attempts=4)
     rest = Parrot()
-    self_targets(
-        rest, clips, asked, Questioner(clips, "sentence", True, 0), parts, attempts=4, progress=False
-    )
+    self_targets(rest, clips, GENDER, parts, attempts=4)
     assert rest.new == whole.new - 2
     assert (parts / "examples.jsonl").read_text() == (out / "examples.jsonl").read_text()
 
 
 def test_what_fails_every_attempt_is_set_aside_with_its_reason(tmp_path: Path) -> None:
-    clips = some_clips(4)
-    asked = [(clip, HEAR) for clip in clips]
-    counts = self_targets(
-        Parrot(), clips, asked, Questioner(clips, "sentence", True, 0), tmp_path, attempts=2, progress=False
-    )
-    assert (counts["kept"], counts["rejected"]) == (0, 4)
+    counts = self_targets(Parrot(), some_clips(4), HEAR, tmp_path, attempts=2)
+    assert (counts["kept"], counts["rejected"], counts["acceptance"]) == (0, 4, 0.0)
     reasons = {row["reason"] for _, row in read_jsonl(tmp_path / "rejects.jsonl")}
     assert reasons <= {"drops transcript", "drops gender"}
 
@@ -156,6 +197,16 @@ def test_what_fails_every_attempt_is_set_aside_with_its_reason(tmp_path: Path) -
         ("prompts: [{id: a, text: Hi}]", "'asks' must be a list"),
         ("prompts: [{id: a, text: Hi, asks: []}, {id: a, text: Ho, asks: []}]", "'a' is used twice"),
         ("prompts: [{id: a, text: Hi, asks: [], example: '{gender'}]", "malformed field"),
+        ("prompts: [{id: a, text: Hi, asks: [], kind: opne}]", r"'kind' is 'opne'.*Did you mean 'open'"),
+        ("prompts: [{id: a, text: Hi, asks: [], format: {bulets: 3}}]", r"unknown key 'bulets'.*'bullets'"),
+        (
+            "prompts: [{id: a, text: Hi, asks: [], format: {case: low}}]",
+            "format.case is 'low'; expected lower or upper",
+        ),
+        (
+            "prompts: [{id: a, text: Hi, asks: [], format: {lines: two}}]",
+            "format.lines is 'two'; expected a whole number",
+        ),
         ("prompts: 3", "expected a list"),
         ("prompts: [", "not YAML"),
     ],

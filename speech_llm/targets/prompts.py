@@ -1,6 +1,6 @@
 """Prompt pools: what is asked about a clip, what a good answer names, and how the worked example answers.
 
-In: a YAML file with a list `prompts`. Out: checked `Prompt` objects.
+In: a YAML file with a list `prompts`. Out: checked `PoolPrompt` objects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import yaml
 
 from speech_llm.errors import UserError, nearest
 
-_KEYS = ("id", "text", "asks", "example", "json", "seen")
+_KEYS = ("id", "text", "asks", "example", "json", "seen", "kind", "format")
+KINDS = ("open", "attribute", "reasoning", "writing", "format")
+# What a prompt may demand of an answer's form, and the type of its value; `verify.breaks_format` checks it.
+FORMATS: dict[str, type] = {
+    "words_at_most": int, "sentences": int, "bullets": int, "lines": int, "case": str, "starts_with": str, "ends_with": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class PoolPrompt:
     `asks`: the attributes that a good answer names. `example`: the answer of the worked example shown to the
     teacher, with `{attribute}`, `{a_attribute}` or `{an_attribute}` (with its article) as fields. `json_keys`: key ->
     attribute of an answer that must be JSON. `seen`: in an evaluation pool, whether its words were trained on.
+    `kind`: what sort of prompt it is (one of `KINDS`). `format`: what the answer's form must be (see `FORMATS`).
     """
 
     id: str
@@ -33,6 +39,8 @@ class PoolPrompt:
     example: str | None = None
     json_keys: Mapping[str, str] = field(default_factory=dict)
     seen: bool | None = None
+    kind: str | None = None
+    format: Mapping[str, Any] = field(default_factory=dict)
 
     def example_answer(self, attributes: Mapping[str, Any]) -> str:
         """The worked example's answer for a clip with these attributes."""
@@ -84,8 +92,20 @@ def load_pool(path: Path) -> list[PoolPrompt]:
             raise UserError(f"{where} ({name}): the same text as prompt {texts[text]!r}")
         ids.add(name)
         texts[text] = name
+        kind = row.get("kind")
+        if kind is not None and kind not in KINDS:
+            raise UserError(
+                f"{where} ({name}): 'kind' is {kind!r}; expected one of {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}"
+            )
         prompt = PoolPrompt(
-            name, text, tuple(asks), row.get("example"), dict(row.get("json") or {}), row.get("seen")
+            name,
+            text,
+            tuple(asks),
+            row.get("example"),
+            dict(row.get("json") or {}),
+            row.get("seen"),
+            kind,
+            _format(row.get("format"), f"{where} ({name})"),
         )
         try:
             prompt.example_answer(dict.fromkeys(prompt.example_fields(), "x"))
@@ -93,3 +113,21 @@ def load_pool(path: Path) -> list[PoolPrompt]:
             raise UserError(f"{where} ({name}): 'example' has a malformed field ({error})") from None
         pool.append(prompt)
     return pool
+
+
+def _format(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{where}: 'format' must name what the answer's form must be: {', '.join(FORMATS)}")
+    for key, wanted in value.items():
+        if key not in FORMATS:
+            raise UserError(f"{where}: unknown key {key!r} in 'format'.{nearest(str(key), list(FORMATS))}")
+        if type(wanted) is not FORMATS[key] or (key == "case" and wanted not in ("lower", "upper")):
+            expected = (
+                "lower or upper"
+                if key == "case"
+                else f"a {'whole number' if FORMATS[key] is int else 'text'}"
+            )
+            raise UserError(f"{where}: format.{key} is {wanted!r}; expected {expected}")
+    return dict(value)

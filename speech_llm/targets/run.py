@@ -1,278 +1,297 @@
-"""The targets stage: the base LLM writes what the speech model shall answer.
+"""The targets stage: somebody writes what the speech model shall answer.
 
-In: described clips (one JSON line each) and a prompt pool. Out: `examples.jsonl` (verified answers) and `rejects.jsonl`.
-Each clip is asked a few prompts of the pool, drawn by the clip's id. An answer that drops or contradicts what it was
-asked for is asked again with another worked example, and rejected, with its reason, when all attempts fail. Every
-answer is journalled as it comes, so a killed stage goes on where it was.
+In: described clips (one JSON line each) and a prompt pool. Out: `examples.jsonl` (answers to learn) and `rejects.jsonl`.
+
+    clips, prompts -> rows -> a strategy's generator for each row <-> journal <-> teachers -> examples, rejects, counts
+
+Each clip is asked a few prompts of the pool, drawn by the clip's id. Who answers is the strategy: `own` (`self`, `teacher`),
+`given`, `continuation`, `rewrite`, `self_output`, `minimum_change`. Every answer is journalled as it comes, so a killed
+stage goes on where it was.
 """
 
 from __future__ import annotations
 
-import random
-import time
+import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from describers.compose import compose
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, user_turn, write_examples
-from speech_llm.files import JsonlAppender, read_jsonl, write_jsonl
+from speech_llm.files import write_jsonl
+from speech_llm.recipe import OF_LABELS
+from speech_llm.targets.continuation import continuation
+from speech_llm.targets.given import few_choices, given, human_answer, manifest_answers
+from speech_llm.targets.journal import Journal
+from speech_llm.targets.minimum_change import minimum_change
+from speech_llm.targets.own import own_answer
 from speech_llm.targets.prompts import PoolPrompt, load_pool
-from speech_llm.targets.teacher import Question, Teacher
-from speech_llm.targets.verify import closed_options, verdict
+from speech_llm.targets.questions import (
+    Question,
+    Questioner,
+    asked_first,
+    choose_prompts,
+    needs,
+    read_described,
+)
+from speech_llm.targets.rewrite import rewrite
+from speech_llm.targets.rows import Desk, Reject, Row, Target, Writing
+from speech_llm.targets.self_output import self_output
+from speech_llm.targets.teacher import NoAnswer, Teacher, TransformersTeacher, open_teacher
+from speech_llm.targets.verify import closed_options
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
 
-EXAMPLES_PER_PROMPT = 4
+__all__ = ["Questioner", "asked_first", "needs", "read_described", "write_rows", "write_targets"]
 
-
-def context_attributes(attributes: dict[str, Any], prompt: PoolPrompt) -> dict[str, Any]:
-    """What the teacher is told for a prompt: all attributes, but the words only where they are asked for.
-
-    A small LLM answers better without the distraction, and clips that then look alike share one answer.
-    """
-    hidden = {"segments", "duration"} | (set() if "transcript" in prompt.asks else {"transcript"})
-    return {name: value for name, value in attributes.items() if name not in hidden or name in prompt.asks}
-
-
-def needs(prompt: PoolPrompt) -> set[str]:
-    """The attributes that a clip must have to be asked a prompt."""
-    return set(prompt.asks) | set(prompt.json_keys.values())
-
-
-class Questioner:
-    """Turns (clip, prompt, attempt) into the teacher's question, with its worked example."""
-
-    def __init__(
-        self,
-        clips: Sequence[dict[str, Any]],
-        form: str,
-        worked_example: bool,
-        seed: int,
-        telling: Mapping[str, Any] | None = None,
-    ) -> None:
-        """`telling`: further arguments of `compose`; what a prompt asks for is told whatever they leave out."""
-        self.form, self.worked_example, self.seed = form, worked_example, seed
-        self.telling = dict(telling or {})
-        self.clips = list(clips)
-        self._examples: dict[str, list[dict[str, Any]]] = {}
-
-    def question(
-        self, attributes: dict[str, Any], prompt: PoolPrompt, clip_id: str, attempt: int = 0
-    ) -> Question:
-        """The question about one clip; each attempt shows another worked example."""
-        context = self._context(attributes, prompt, clip_id, needs(prompt))
-        example = None
-        if self.worked_example and prompt.example:
-            shown = self._examples_of(prompt)
-            if shown:
-                pick = shown[attempt % len(shown)]
-                if pick["id"] == clip_id:
-                    pick = shown[(attempt + 1) % len(shown)]
-                example = (
-                    self._context(
-                        pick["attributes"], prompt, pick["id"], needs(prompt) | prompt.example_fields()
-                    ),
-                    prompt.example_answer(pick["attributes"]),
-                )
-        return Question(context, prompt.text, example)
-
-    def _context(self, attributes: dict[str, Any], prompt: PoolPrompt, clip_id: str, keep: set[str]) -> str:
-        return compose(
-            context_attributes(attributes, prompt),
-            self.form,
-            **self.telling,
-            keep=keep,
-            seed=f"{self.seed}-{clip_id}-{prompt.id}",
-        )
-
-    def _examples_of(self, prompt: PoolPrompt) -> list[dict[str, Any]]:
-        """A few clips as worked examples, with the asked attributes as different from each other as can be."""
-        if prompt.id not in self._examples:
-            wanted = needs(prompt) | prompt.example_fields()
-            able = [clip for clip in self.clips if wanted <= set(clip["attributes"])]
-            random.Random(f"{self.seed}-{prompt.id}").shuffle(able)
-            chosen: list[dict[str, Any]] = []
-            used: Counter[tuple[str, str]] = Counter()
-            choices = [name for name in prompt.asks if name != "transcript"]
-            for _ in range(min(EXAMPLES_PER_PROMPT, len(able))):
-                best = min(
-                    able[:200],
-                    key=lambda clip: sum(used[name, str(clip["attributes"][name])] for name in choices),
-                )
-                able.remove(best)
-                chosen.append(best)
-                used.update((name, str(best["attributes"][name])) for name in choices)
-            self._examples[prompt.id] = chosen
-        return self._examples[prompt.id]
-
-
-def read_described(path: Path) -> list[dict[str, Any]]:
-    """The lines of a described split, audio paths made absolute."""
-    rows = []
-    for _, row in read_jsonl(path):
-        row["audio"] = str((path.parent / row["audio"]).resolve())
-        rows.append(row)
-    return rows
+STRATEGIES: dict[str, Callable[[Row, Desk], Writing]] = {
+    "self": own_answer,
+    "teacher": own_answer,
+    "given": given,
+    "continuation": continuation,
+    "self_output": self_output,
+    "minimum_change": minimum_change,
+}
 
 
 def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool = True) -> dict[str, Any]:
-    """Write `examples.jsonl` and `rejects.jsonl` under `out_dir`; returns the counts of the stage."""
+    """Write `examples.jsonl` and `rejects.jsonl` under `out_dir`; returns the counts of the stage.
+
+    A manifest whose lines have questions and answers of their own lies at `corpus/train.jsonl` beside `described`'s folder.
+    """
     from speech_llm.assets import load_answering_llm
 
     settings = recipe.targets
     clips = read_described(described)
     pool = load_pool(recipe.resolve_path(settings.prompts))
-    asked = choose_prompts(clips, pool, settings.prompts_per_clip, settings.clips, recipe.seed)
-    if not asked:
+    manifest = described.parent.parent / "corpus" / described.name
+    rows = choose_rows(recipe, clips, pool, manifest if manifest.exists() else None)
+    if not rows:
         raise UserError(
-            f"{settings.prompts}: no clip of {described} has the attributes that its prompts ask for; "
+            f"{settings.prompts}: no clip of {described} has the attributes that its prompts ask for "
+            f"(targets.strategy is {settings.strategy!r}); "
             f"the clips have: {', '.join(sorted({name for clip in clips for name in clip['attributes']}))}"
         )
-    llm, tokenizer = load_answering_llm(recipe.model.llm, recipe.optimizer.precision)
-    teacher = Teacher(llm, tokenizer, settings.batch_tokens, settings.max_new_tokens)
-    return self_targets(
-        teacher,
-        clips,
-        asked,
+    load = functools.lru_cache(maxsize=2)(
+        lambda reference: load_answering_llm(reference, recipe.optimizer.precision)
+    )
+    teachers = _teachers(recipe, load)
+    desk = Desk(
         Questioner(
             clips, recipe.describe.form, settings.worked_example, recipe.seed, recipe.describe.telling()
         ),
-        out_dir,
-        attempts=settings.attempts,
-        source={"strategy": "self", "teacher": recipe.model.llm, "seed": recipe.seed, "dataset": recipe.name},
-        progress=progress,
+        closed_options([clip["attributes"] for clip in clips]),
+        settings.attempts,
+        settings.drawn_samples,
+        settings.drawn_temperature > 0,
+        few_choices([row.human for row in rows if row.manifest and row.human]),
+    )
+    write: Callable[[Row], Writing]
+    if settings.strategy == "rewrite":
+        write = lambda row: rewrite(row, desk, tuple(pool), settings.wording)  # noqa: E731
+    else:
+        write = lambda row: STRATEGIES[settings.strategy](row, desk)  # noqa: E731
+    writer = "human" if settings.strategy == "given" else teachers["llm"].name
+    source = {"strategy": settings.strategy, "teacher": writer, "seed": recipe.seed, "dataset": recipe.name}
+    if settings.teacher is not None and settings.teacher.backend != "transformers":
+        source["backend"] = settings.teacher.backend
+    if "editor" in teachers:
+        source["editor"] = teachers["editor"].name
+    counts, examples = write_rows(rows, write, teachers, out_dir, source=source, progress=progress)
+    if settings.perplexity_rows and examples:
+        from speech_llm.targets.perplexity import targets_perplexity
+
+        llm, tokenizer = load(recipe.model.llm)
+        counts.update(
+            targets_perplexity(
+                llm, tokenizer, examples, settings.perplexity_rows, settings.batch_tokens, progress
+            )
+        )
+    tqdm.write(summary(counts))
+    return counts
+
+
+def choose_rows(
+    recipe: Recipe, clips: Sequence[dict[str, Any]], pool: Sequence[PoolPrompt], manifest: Path | None
+) -> list[Row]:
+    """The (clip, prompt) pairs that get a target, with a person's answer where the strategy starts from one.
+
+    A clip whose manifest line has a question and an answer of its own is asked that question and nothing else.
+    """
+    settings = recipe.targets
+    chosen = (settings.prompts_per_clip, settings.clips, recipe.seed)
+    if settings.strategy == "continuation":
+        spoken = [clip for clip in clips if str(clip["attributes"].get("transcript") or "").strip()]
+        return [Row(clip, prompt) for clip, prompt in choose_prompts(spoken, pool, *chosen)]
+    if settings.strategy not in OF_LABELS:
+        return [Row(clip, prompt) for clip, prompt in choose_prompts(clips, pool, *chosen)]
+    own = manifest_answers(manifest, [clip["id"] for clip in clips]) if manifest is not None else {}
+    by_id = {clip["id"]: clip for clip in clips}
+    rows = []
+    for clip_id in asked_first(list(by_id), recipe.seed)[: settings.clips]:
+        if clip_id in own:
+            question, answer = own[clip_id]
+            rows.append(Row(by_id[clip_id], PoolPrompt("manifest", question, ()), answer, manifest=True))
+
+    def can_answer(clip: dict[str, Any], prompt: PoolPrompt) -> bool:
+        return clip["id"] not in own and human_answer(clip, prompt, settings.wording) is not None
+
+    for clip, prompt in choose_prompts(clips, pool, *chosen, can_answer=can_answer):
+        rows.append(Row(clip, prompt, human_answer(clip, prompt, settings.wording)))
+    return rows
+
+
+def _teachers(recipe: Recipe, load: Callable[[str], Any]) -> dict[str, Teacher]:
+    """Who is asked: `llm`, and for minimum_change `editor`; nobody for given."""
+    settings, reference = recipe.targets, recipe.model.llm
+    if settings.strategy == "given":
+        return {}
+    named = open_teacher(settings, reference, recipe.seed, load)
+    if settings.strategy != "minimum_change":
+        return {"llm": named}
+    if named.name == reference:
+        return {"llm": named, "editor": named}
+    own = TransformersTeacher(
+        *load(reference), reference, settings.sampling(recipe.seed), settings.batch_tokens
+    )
+    return {"llm": own, "editor": named}
+
+
+def write_rows(
+    rows: Sequence[Row],
+    write: Callable[[Row], Writing],
+    teachers: Mapping[str, Teacher],
+    out_dir: Path,
+    *,
+    source: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], list[Example]]:
+    """Let a strategy write every row, all rows side by side; returns the counts and the Examples written.
+
+    Whenever it is killed, running it again over the same `out_dir` ends with the same files as a run that was not.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    writing = [write(row) for row in rows]
+    asking: dict[int, list[Question]] = {}
+    ended: dict[int, Target | Reject] = {}
+
+    def advance(number: int, answers: list[str] | None) -> None:
+        try:
+            asking[number] = writing[number].send(answers)  # type: ignore[arg-type]  # None starts a generator
+        except StopIteration as end:
+            asking.pop(number, None)
+            ended[number] = end.value
+
+    with Journal(out_dir / "journal.jsonl") as journal:
+        for number in range(len(rows)):
+            advance(number, None)
+        tries = 0
+        while asking:
+            tries += 1
+            questions = [question for own in asking.values() for question in own]
+            answers = journal.ask(questions, teachers, f"targets, try {tries}", progress)
+            for number, own in list(asking.items()):
+                told = [answers[question] for question in own]
+                failed = next((answer for answer in told if isinstance(answer, NoAnswer)), None)
+                if failed is None:
+                    advance(number, [answer for answer in told if isinstance(answer, str)])
+                else:
+                    writing[number].close()
+                    del asking[number]
+                    ended[number] = Reject(f"no answer: {failed.why}", "", tries)
+        kept = [
+            _example(row, ended[i], source or {})
+            for i, row in enumerate(rows)
+            if isinstance(ended[i], Target)
+        ]
+        write_examples(out_dir / "examples.jsonl", kept)
+        write_jsonl(
+            out_dir / "rejects.jsonl",
+            [_reject(row, ended[i]) for i, row in enumerate(rows) if isinstance(ended[i], Reject)],
+        )
+        return _counts(rows, ended, journal), kept
+
+
+def _example(row: Row, target: Target | Reject, source: Mapping[str, Any]) -> Example:
+    assert isinstance(target, Target)
+    audio: dict[str, Any] = {"path": row.clip["audio"]}
+    if row.attributes.get("transcript"):
+        audio["transcript"] = row.attributes["transcript"]
+    return Example(
+        id=f"{row.clip['id']}/{row.prompt.id}",
+        messages=[user_turn(row.prompt.text, audio), {"role": "assistant", "content": target.answer}],
+        context=target.context,
+        attributes=row.attributes,
+        source={
+            **source,
+            "prompt": row.prompt.id,
+            "attempt": target.attempt,
+            "verdict": target.verdict,
+            **target.notes,
+        },
     )
 
 
-def choose_prompts(
-    clips: Sequence[dict[str, Any]], pool: Sequence[PoolPrompt], per_clip: int, limit: int | None, seed: int
-) -> list[tuple[dict[str, Any], PoolPrompt]]:
-    """Draw each clip's prompts among those it can answer; `limit` bounds how many clips are asked anything.
-
-    Prompts are dealt in turn rather than drawn with replacement, so that each is asked about equally often.
-    """
-    rng = random.Random(f"{seed}-prompts")
-    by_id = {clip["id"]: clip for clip in clips}
-    used: Counter[str] = Counter()
-    asked = []
-    for clip_id in asked_first(list(by_id), seed)[:limit]:
-        clip = by_id[clip_id]
-        able = [prompt for prompt in pool if needs(prompt) <= set(clip["attributes"])]
-        rng.shuffle(able)
-        able.sort(key=lambda prompt: used[prompt.id])
-        for prompt in able[:per_clip]:
-            used[prompt.id] += 1
-            asked.append((clip, prompt))
-    return asked
-
-
-def asked_first(ids: Sequence[str], seed: int) -> list[str]:
-    """Clips in the order in which they are asked, by chance but whatever other clips there are."""
-    return sorted(ids, key=lambda clip_id: random.Random(f"{seed}-asked-{clip_id}").random())
-
-
-def self_targets(
-    teacher: Teacher,
-    clips: Sequence[dict[str, Any]],
-    asked: Sequence[tuple[dict[str, Any], PoolPrompt]],
-    questioner: Questioner,
-    out_dir: Path,
-    *,
-    attempts: int = 2,
-    source: dict[str, Any] | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Strategy `self` (DeSTA2, 2409.20007): the base LLM's own answers, verified; see `write_targets`."""
-    options = closed_options([clip["attributes"] for clip in clips])
-    started = time.perf_counter()
-    waiting = list(asked)
-    kept: dict[tuple[str, str], Example] = {}
-    failed: dict[tuple[str, str], dict[str, Any]] = {}
-    by_prompt: dict[str, Counter[str]] = {}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with JsonlAppender(out_dir / "journal.jsonl") as journal:
-        for row in journal.rows:
-            shown = tuple(row["example"]) if row["example"] else None
-            teacher.answered[Question(row["context"], row["question"], shown)] = row["answer"]
-        for attempt in range(attempts):
-            questions = [
-                questioner.question(clip["attributes"], prompt, clip["id"], attempt)
-                for clip, prompt in waiting
-            ]
-            todo = set(questions) - set(teacher.answered)
-            with tqdm(
-                total=len(todo), desc=f"targets, try {attempt + 1}", unit="answer", disable=not progress
-            ) as bar:
-
-                def done(question: Question, answer: str, bar: tqdm = bar) -> None:
-                    journal.append(
-                        {
-                            "context": question.context,
-                            "question": question.text,
-                            "example": question.example,
-                            "answer": answer,
-                        }
-                    )
-                    bar.update()
-
-                answers = teacher.answer(questions, done)
-            again = []
-            for (clip, prompt), question, answer in zip(waiting, questions, answers, strict=True):
-                key = (clip["id"], prompt.id)
-                outcome = verdict(answer, prompt, clip["attributes"], options)
-                if outcome == "ok":
-                    kept[key] = _example(clip, prompt, question, answer, attempt, source or {})
-                    failed.pop(key, None)
-                else:
-                    again.append((clip, prompt))
-                    failed[key] = {
-                        "clip": clip["id"],
-                        "prompt": prompt.id,
-                        "attempts": attempt + 1,
-                        "reason": outcome,
-                        "answer": answer,
-                    }
-            waiting = again
-    for (_, prompt_id), example in kept.items():
-        by_prompt.setdefault(prompt_id, Counter())[f"kept at try {example.source['attempt'] + 1}"] += 1
-    for (_, prompt_id), row in failed.items():
-        by_prompt.setdefault(prompt_id, Counter())[row["reason"]] += 1
-    keys = [(clip["id"], prompt.id) for clip, prompt in asked]
-    write_examples(out_dir / "examples.jsonl", [kept[key] for key in keys if key in kept])
-    write_jsonl(out_dir / "rejects.jsonl", [failed[key] for key in keys if key in failed])
-    seconds = time.perf_counter() - started
+def _reject(row: Row, reject: Target | Reject) -> dict[str, Any]:
+    assert isinstance(reject, Reject)
     return {
-        "asked": len(asked),
-        "kept": len(kept),
-        "rejected": len(failed),
-        "acceptance": round(len(kept) / max(1, len(asked)), 4),
-        "generated_tokens": teacher.tokens,
-        "tokens_per_s": round(teacher.tokens / seconds, 1),
-        "by_prompt": {name: dict(counts) for name, counts in sorted(by_prompt.items())},
+        "clip": row.clip["id"],
+        "prompt": row.prompt.id,
+        "attempts": reject.attempts,
+        "reason": reject.reason,
+        "answer": reject.answer,
     }
 
 
-def _example(
-    clip: dict[str, Any],
-    prompt: PoolPrompt,
-    question: Question,
-    answer: str,
-    attempt: int,
-    source: dict[str, Any],
-) -> Example:
-    audio: dict[str, Any] = {"path": clip["audio"]}
-    if clip["attributes"].get("transcript"):
-        audio["transcript"] = clip["attributes"]["transcript"]
-    return Example(
-        id=f"{clip['id']}/{prompt.id}",
-        messages=[user_turn(prompt.text, audio), {"role": "assistant", "content": answer}],
-        context=question.context,
-        attributes=clip["attributes"],
-        source={**source, "prompt": prompt.id, "attempt": attempt, "verdict": "ok"},
-    )
+def _counts(rows: Sequence[Row], ended: Mapping[int, Target | Reject], journal: Journal) -> dict[str, Any]:
+    by_prompt: dict[str, Counter[str]] = {}
+    by_writer: Counter[str] = Counter()
+    kept = accepted = 0
+    for number, row in enumerate(rows):
+        end = ended[number]
+        how = end.reason if isinstance(end, Reject) else f"kept at try {end.attempt + 1}"
+        if isinstance(end, Target):
+            kept += 1
+            accepted += end.verdict == "ok"
+            if "kept" in end.notes:
+                by_writer[end.notes["kept"]] += 1
+            if end.verdict != "ok":
+                how = f"{end.verdict}, so the human answer"
+        by_prompt.setdefault(row.prompt.id, Counter())[how] += 1
+    counts: dict[str, Any] = {
+        "asked": len(rows),
+        "kept": kept,
+        "rejected": len(rows) - kept,
+        "acceptance": round(accepted / max(1, len(rows)), 4),
+        "generated_tokens": journal.tokens,
+        "tokens_per_s": round(journal.new_tokens / journal.seconds, 1) if journal.new_tokens else 0.0,
+        "by_prompt": {name: dict(found) for name, found in sorted(by_prompt.items())},
+    }
+    if by_writer:
+        counts["kept_of"] = dict(sorted(by_writer.items()))
+    if journal.unanswered:
+        counts["unanswered"] = dict(journal.unanswered.most_common())
+    return counts
+
+
+def summary(counts: Mapping[str, Any]) -> str:
+    """What the stage did, in one line to print."""
+    parts = [f"{counts['kept']:,} of {counts['asked']:,} rows have a target"]
+    if counts["generated_tokens"]:
+        parts.append(f"acceptance {counts['acceptance']:.1%}")
+    if "kept_of" in counts:
+        parts.append(", ".join(f"{name} {count:,}" for name, count in counts["kept_of"].items()))
+    if counts["tokens_per_s"]:
+        parts.append(f"{counts['tokens_per_s']:.0f} tokens/s")
+    if "perplexity" in counts:
+        parts.append(
+            f"base LLM's mean perplexity {counts['perplexity']:.2f} a token (of {counts['perplexity_rows']:,} rows)"
+        )
+    if "unanswered" in counts:
+        why = ", ".join(f"{name} {count:,}" for name, count in counts["unanswered"].items())
+        parts.append(f"questions that got no answer: {why}")
+    return "targets: " + "; ".join(parts)

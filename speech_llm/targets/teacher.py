@@ -1,65 +1,131 @@
-"""The teacher: the base LLM itself, given a text that stands in for the audio.
+"""Teachers: who answers the questions of the targets stage.
 
-In: `Question`s (context, question, worked example). Out: its answers.
-It is never a second model: the LLM that the speech model is built on, adapters off. The worked example (a description,
-the question, a good answer) stands before the real one in the teacher's context only; for a small LLM it changes
-everything, and it costs the student nothing, since the student never sees it (context distillation).
+In: `Question`s (context, question, worked example). Out: answers, each reported as soon as it is there.
+By default the teacher is the base LLM itself, the one that the speech model is built on, adapters off, given a text that
+stands in for the audio. The worked example (a description, the question, a good answer) stands before the real one in the
+teacher's context only; for a small LLM it changes everything, and it costs the student nothing, since the student never
+sees it (context distillation).
+
+Three backends have one interface: transformers in this process (here), vLLM (`teacher_vllm`) and any server that speaks
+OpenAI's protocol (`teacher_server`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from speech_llm.generation import answer_chats
+from speech_llm.errors import UserError
+from speech_llm.targets.questions import Question
+
+if TYPE_CHECKING:
+    from speech_llm.recipe import TargetsSection
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the teacher is asked: `context` replaces the audio; `example` is (context, answer) of another clip."""
+class NoAnswer:
+    """A question that got no answer, and why: it costs its own rows and no others."""
 
-    context: str
-    text: str
-    example: tuple[str, str] | None = None
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The chat that the teacher sees."""
-        turns: list[dict[str, Any]] = []
-        if self.example is not None:
-            turns.append({"role": "user", "content": f"{self.example[0]}\n{self.text}"})
-            turns.append({"role": "assistant", "content": self.example[1]})
-        turns.append({"role": "user", "content": f"{self.context}\n{self.text}"})
-        return turns
+    why: str
 
 
-class Teacher:
-    """Answers questions with a text LLM, in batches; the same question is answered once."""
+# (question, answer, tokens of the answer)
+OnAnswer = Callable[[Question, "str | NoAnswer", int], None]
 
-    def __init__(self, llm: Any, tokenizer: Any, batch_tokens: int = 4096, max_new_tokens: int = 64) -> None:
-        self.llm, self.tokenizer = llm, tokenizer
-        self.batch_tokens, self.max_new_tokens = batch_tokens, max_new_tokens
-        self.answered: dict[Question, str] = {}
-        self.tokens = 0
 
-    def answer(
-        self, questions: Sequence[Question], on_answer: Callable[[Question, str], None] | None = None
-    ) -> list[str]:
-        """Greedy answers, in order. `on_answer` is called once per new question, as soon as it is answered."""
-        new = [question for question in dict.fromkeys(questions) if question not in self.answered]
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedily at temperature 0, else by nucleus sampling from a seed of each question's own."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def seed_of(self, question: Question) -> int:
+        """The seed of one draw: from the question alone, so that no other question can change the answer."""
+        text = repr((self.seed, question))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+class Teacher(Protocol):
+    """Answers questions, in any order; `name` is the model that answers, for the rows' provenance."""
+
+    name: str
+
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
+        """Answer every question; `on_answer` is called once for each, as soon as it is answered."""
+
+
+class TransformersTeacher:
+    """A text LLM in this process, in batches."""
+
+    def __init__(
+        self,
+        llm: Any,
+        tokenizer: Any,
+        name: str = "",
+        sampling: Sampling | None = None,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.llm, self.tokenizer, self.name = llm, tokenizer, name
+        self.sampling, self.batch_tokens = sampling or Sampling(), batch_tokens
+
+    def answer(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
+        from speech_llm.generation import answer_chats
+
+        chosen = self.sampling
+        told: set[int] = set()
 
         def done(index: int, text: str, tokens: int) -> None:
-            self.answered[new[index]] = text
-            self.tokens += tokens
-            if on_answer is not None:
-                on_answer(new[index], text)
+            told.add(index)
+            on_answer(questions[index], text, tokens)
 
-        answer_chats(
+        answers = answer_chats(
             self.llm,
             self.tokenizer,
-            [question.messages() for question in new],
-            max_new_tokens=self.max_new_tokens,
+            [question.messages() for question in questions],
+            max_new_tokens=chosen.max_new_tokens,
             batch_tokens=self.batch_tokens,
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+            seeds=[chosen.seed_of(question) for question in questions],
             on_answer=done,
         )
-        return [self.answered[question] for question in questions]
+        for index, question in enumerate(questions):
+            if index not in told:  # put in the same words as another, so answered with it
+                on_answer(question, answers[index], 0)
+
+
+def open_teacher(
+    settings: TargetsSection, llm_reference: str, seed: int, load: Callable[[str], Any]
+) -> Teacher:
+    """The teacher that `targets.teacher` names; without a model of its own it is the base LLM.
+
+    `load(reference)`: the LLM and its tokenizer, for transformers. Raises `UserError` when a backend is not installed.
+    """
+    chosen = settings.teacher
+    sampling = settings.sampling(seed)
+    backend = chosen.backend if chosen is not None else "transformers"
+    name = (chosen.model if chosen is not None else None) or llm_reference
+    if backend == "transformers" or chosen is None:
+        return TransformersTeacher(*load(name), name, sampling, settings.batch_tokens)
+    if backend == "vllm":
+        from speech_llm.targets.teacher_vllm import VllmTeacher
+
+        return VllmTeacher(name, sampling)
+    from speech_llm.targets.teacher_server import ServerTeacher
+
+    if chosen.url is None:
+        raise UserError("targets.teacher.backend is 'openai', but targets.teacher.url is missing")
+    return ServerTeacher(
+        chosen.url,
+        name,
+        sampling,
+        api_key_env=chosen.api_key_env,
+        concurrency=chosen.concurrency,
+        retries=chosen.retries,
+        timeout_s=chosen.timeout_s,
+    )

@@ -1,12 +1,14 @@
 """Is an answer true to the description? The check that every target passes before anything learns from it.
 
 In: an answer, the prompt it answers, the clip's attributes. Out: "ok" or the reason why not.
-An answer must name what it was asked for and must not contradict anything that is known of the clip.
+An answer must name what it was asked for, must not contradict anything that is known of the clip, and must have the form
+that the prompt demands. Where a person wrote question and answer, what counts is that the person's answer is still in it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +56,7 @@ def verdict(
             match = match_option(answer, choices, options_synonyms(name, choices))
             if match.reason == "ok" and match.value != attributes[name]:
                 return f"contradicts {name}"
-    return "ok"
+    return breaks_format(answer, prompt.format) or "ok"
 
 
 def _json_verdict(
@@ -72,3 +74,47 @@ def _json_verdict(
         if match.value != attributes[name]:
             return f"contradicts {name}"
     return "ok"
+
+
+def breaks_format(answer: str, wanted: Mapping[str, Any]) -> str | None:
+    """Why an answer has not the form that a prompt demands (see `prompts.FORMATS`), None when it has."""
+    text = answer.strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    bullets = [line for line in lines if re.match(r"(?:[-*•]|\d+[.)])\s+\S", line)]
+    letters = "".join(filter(str.isalpha, text))
+    for name, value in wanted.items():
+        held = {
+            "words_at_most": lambda limit: len(text.split()) <= limit,
+            "sentences": lambda count: len(re.findall(r"[.!?]+(?=[\s\"”']|$)", text)) == count,
+            "bullets": lambda count: len(bullets) == count == len(lines),
+            "lines": lambda count: len(lines) == count,
+            "case": lambda case: letters == getattr(letters, case)(),
+            "starts_with": text.startswith,
+            "ends_with": text.endswith,
+        }[name](value)
+        if not held:
+            return f"breaks the form ({name.replace('_', ' ')})"
+    return None
+
+
+# An answer of a person of so many words is a label, and must survive word for word; a longer one may be put otherwise.
+LABEL_WORDS = 4
+
+
+def loses(answer: str, human: str, choices: Sequence[str] = ()) -> str | None:
+    """Why `answer` does not say what a person's answer says, None when it does; `Extract(ỹ) = y` of 2402.13669.
+
+    `choices`: the answers that people gave in the data, when they are a choice among few; then the answer must name this
+    one and no other. Else a label must be in it, and of a longer answer every number and every name within a sentence.
+    """
+    if 1 < len(choices) <= MAX_OPTIONS and human in choices:
+        match = match_option(answer, list(choices))
+        return None if match.value == human else "drops the human answer" if match.value is None else "contradicts the human answer"  # fmt: skip
+    said = f" {normalise_text(answer)} "
+    if len(human.split()) <= LABEL_WORDS:
+        return None if f" {normalise_text(human)} " in said else "drops the human answer"
+    inner = re.findall(r"(?<![.!?:])\s[\"'(]?([A-Z][\w-]+|\d[\d.,:]*)", human)
+    for piece in [*re.findall(r"^\d[\d.,:]*", human), *inner]:
+        if piece != "I" and f" {normalise_text(piece)} " not in said:
+            return f"drops {piece.rstrip('.,:')!r} of the human answer"
+    return None
