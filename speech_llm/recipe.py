@@ -230,8 +230,119 @@ class TargetsSection(Section):
     )
 
 
+def _share(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise PydanticCustomError("share", "a share of the audio Examples, over 0 and at most 1 (0.05 is 5 %)")
+    return float(value)
+
+
+Ratio = Annotated[float, BeforeValidator(_share)]
+Column = Literal["messages", "system", "user", "assistant"]
+
+
+class _TextRows(Section):
+    """Rows of text that are there already: a file of ours, a hub dataset, or what the package brings."""
+
+    rows: Text | None = Field(
+        default=None, description="JSONL file of rows, relative to the recipe file; null = the package's own"
+    )
+    dataset: Text | None = Field(
+        default=None, description="hub dataset (OWNER/NAME) or a folder in its form, read as a stream"
+    )
+    subset: Text | None = Field(default=None, description="which configuration of the dataset")
+    split: Text = Field(default="train", description="which split of the dataset")
+    columns: dict[Column, Text] = Field(
+        default_factory=dict,
+        description="what a row's columns hold: {messages: COLUMN}, or {user: COLUMN, assistant: COLUMN}; "
+        "{} = as they are called",
+    )
+    repeat: bool = Field(
+        default=False, description="go through the rows again where there are too few, instead of refusing"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> _TextRows:
+        if self.rows is not None and self.dataset is not None:
+            raise _contradiction(
+                ("mixture.sources",), "rows and dataset are both given for one source of the mixture; keep one"
+            )
+        if self.columns and "messages" not in self.columns and not {"user", "assistant"} <= set(self.columns):
+            raise _contradiction(
+                ("mixture.sources",),
+                "columns of a source of the mixture must name messages, or both user and assistant",
+            )
+        return self
+
+
+class Replay(_TextRows):
+    """Experience replay (LAMOL's --real_sample, 2505.17496): real text rows."""
+
+    type: Literal["replay"] = Field(description="real text rows")
+    ratio: Ratio = Field(default=0.05, description="share, relative to the audio Examples")
+
+
+class Safety(_TextRows):
+    """Safety replay (2309.07875): refusals, and look-alikes that are answered, so that not everything is refused."""
+
+    type: Literal["safety"] = Field(description="harmful requests refused, harmless look-alikes answered")
+    ratio: Ratio = Field(default=0.03, description="share, relative to the audio Examples")
+    look_alikes: Share = Field(default=0.5, description="share of harmless look-alikes among these rows")
+
+
+class _WrittenRows(Section):
+    """Rows that the base LLM writes before training."""
+
+    ratio: Ratio = Field(default=0.05, description="share, relative to the audio Examples")
+    temperature: float = Field(default=1.0, gt=0, description="sampling temperature of the user's turn")
+    max_new_tokens: Positive = Field(default=96, description="longest turn of the user, tokens")
+    max_answer_tokens: Positive = Field(default=160, description="longest answer, tokens")
+    batch_tokens: Positive = Field(default=16384, description="tokens generated side by side")
+
+
+class PseudoReplay(_WrittenRows):
+    """LAMOL's pseudo replay (1909.03329): whole conversations sampled from the beginning-of-sequence token."""
+
+    type: Literal["pseudo_replay"] = Field(
+        description="conversations sampled by the LLM before it is trained"
+    )
+    top_k: NotNegative = Field(default=20, description="sample among the k likeliest tokens; 0 = all")
+    starts: list[Text] = Field(
+        default_factory=list,
+        description="texts that a user's turn begins with, as many rows from each (LAMOL's task tokens); "
+        "[] = from the beginning-of-sequence token",
+    )
+
+
+class Magpie(_WrittenRows):
+    """Magpie (2406.08464): the user's turn sampled after the chat template's opening, then answered greedily."""
+
+    type: Literal["magpie"] = Field(description="a user's turn sampled from the chat template, then answered")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus of the sampling")
+
+
+class SelfSynthesized(_WrittenRows):
+    """Self-synthesized rehearsal (2403.01244): requests written after two demonstrations, then answered."""
+
+    type: Literal["self_synthesized"] = Field(description="requests written after two demonstrations")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus of the sampling")
+    demonstrations: Text | None = Field(
+        default=None, description="JSONL file of rows to show, relative to the recipe file; null = the package's"
+    )
+    clusters: Positive = Field(default=20, description="groups of alike requests, from which rows are taken in turn")
+    oversample: float = Field(
+        default=2.0, ge=1, description="rows written for each row kept: those nearest to a group's middle stay"
+    )
+
+
 class MixtureSection(Section):
-    """What is mixed in against forgetting: nothing yet (audio only)."""
+    """What is mixed in against forgetting; nothing (audio only) unless `sources` names it."""
+
+    sources: list[Annotated[Replay | Safety | PseudoReplay | Magpie | SelfSynthesized, Field(discriminator="type")]] = (
+        Field(default_factory=list, description="rows mixed in: a list of {type: ..., ratio: ...}")
+    )
+    count: Literal["rows", "tokens"] = Field(
+        default="rows", description="what a ratio counts: Examples, or the tokens that are learned"
+    )
 
 
 class LossSection(Section):
@@ -374,6 +485,18 @@ class Recipe(Section):
                 ("model.use_transcript", "describe.use"),
                 "model.use_transcript is true, but describe.use has no 'transcript'; add it or set model.use_transcript to false",
             )
+        if self.mixture.sources and self.trainable.lora is None:
+            raise _contradiction(
+                ("mixture.sources", "trainable.lora"),
+                "mixture.sources mixes rows without sound in, but trainable.lora is null: the LLM is frozen, so nothing "
+                "that is trained sees these rows (and nothing is forgotten); set mixture to {} or give trainable.lora",
+            )
+        if self.mixture.sources and self.model.gate_adapters:
+            raise _contradiction(
+                ("mixture.sources", "model.gate_adapters"),
+                "mixture.sources mixes rows without sound in, but model.gate_adapters is true: the adapters act only where "
+                "there is sound, so these rows teach nothing; set model.gate_adapters to false or mixture to {}",
+            )
         if not self.eval.json_probe.attributes:
             self.eval.json_probe.attributes = list(self.eval.attributes)
         return self
@@ -387,6 +510,11 @@ class Recipe(Section):
         path = Path(reference).expanduser()
         return path if path.is_absolute() else self._path.parent / path
 
+    def mixture_paths(self, source: dict[str, Any]) -> dict[str, Path]:
+        """Files and folders that one source of the mixture names, by key; a hub dataset's name is none."""
+        named = {key: self.resolve_path(source[key]) for key in MIXTURE_PATH_KEYS if source.get(key)}
+        return {key: path for key, path in named.items() if key != "dataset" or path.is_dir()}
+
     def to_yaml(self, command: str | None = None) -> str:
         """The whole recipe, defaults included and paths made absolute, so that it means the same anywhere."""
         values = self.model_dump(mode="json")
@@ -396,12 +524,15 @@ class Recipe(Section):
                 values[section][key] = [str(self.resolve_path(item).resolve()) for item in given]
             elif given is not None:
                 values[section][key] = str(self.resolve_path(given).resolve())
+        for item in values["mixture"]["sources"]:
+            item.update({key: str(path.resolve()) for key, path in self.mixture_paths(item).items()})
         head = f"# {command}\n" if command else ""
         return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 # Keys that hold paths: relative to the recipe in the file, to where you stand in `--set` (where that exists).
 PATH_KEYS = (("data", "manifests"), ("targets", "prompts"), ("eval", "prompts"))
+MIXTURE_PATH_KEYS = ("rows", "demonstrations", "dataset")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -414,6 +545,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             part = data.get(section)
             if isinstance(part, dict) and key in part:
                 part[key] = _from_here(part[key], path)
+    if any(given[:1] == ("mixture",) for given, _ in source.overrides):
+        part = data.get("mixture")
+        for item in (part.get("sources") if isinstance(part, dict) else None) or []:
+            if isinstance(item, dict):
+                for key in MIXTURE_PATH_KEYS:
+                    # What is no folder here is the name of a hub dataset.
+                    if key in item and (key != "dataset" or Path(str(item[key])).expanduser().is_dir()):
+                        item[key] = _from_here(item[key], path)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

@@ -21,7 +21,6 @@ from speech_llm.recipe_file import Key, Source
 # Known from the design but not built yet, so that asking for one is told apart from a slip of the pen.
 PLANNED: dict[str, tuple[str, ...]] = {
     "targets.strategy": ("given", "continuation", "rewrite", "self_output", "minimum_change", "teacher"),
-    "mixture": ("replay", "safety", "pseudo_replay", "magpie", "ratio"),
     "loss.type": ("kl", "dpo", "grpo"),
     "trainable": ("encoder_lora", "encoder", "llm"),
     "style": ("pretrain", "preference", "rollout"),
@@ -41,6 +40,7 @@ _EXPECTED = {
     "dict_type": "keys and values, as in {a: b}",
     "model_type": "a section with keys of its own",
     "model_attributes_type": "a section with keys of its own",
+    "union_tag_not_found": "a section that says its type, as in {type: ...}",
     "plain": "a text, a number, true or false (or a list of them)",
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-'",
 }
@@ -128,10 +128,12 @@ def _key(item: ErrorDetails, root: type[BaseModel], source: Source) -> Key:
     out: list[str | int] = []
     options: list[type[BaseModel]] = [root]
     for part in item["loc"]:
-        if len(options) > 1:
+        if len(options) > 1 and not isinstance(part, int):
             options = [option for option in options if _type_of(option) == part]
             continue
         out.append(part)
+        if isinstance(part, int):  # an item of a list of sections
+            continue
         fields = options[0].model_fields if options else {}
         options = _sections_in(fields[str(part)].annotation) if part in fields else []
     return tuple(out[:-1] if out and out[-1] == "[key]" else out)
@@ -141,6 +143,8 @@ def _section_at(location: Sequence[str | int], root: type[BaseModel]) -> type[Ba
     """The section that stands at a location, None where there is a value or a free dictionary."""
     options: list[type[BaseModel]] = [root]
     for part in location:
+        if isinstance(part, int):  # an item of a list of sections
+            continue
         if len(options) > 1:
             options = [option for option in options if _type_of(option) == part]
             continue
@@ -150,10 +154,10 @@ def _section_at(location: Sequence[str | int], root: type[BaseModel]) -> type[Ba
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field's type may hold: `Synthesize | None` -> [Synthesize]."""
+    """The sections that a field's type may hold: `Synthesize | None` or `list[Synthesize]` -> [Synthesize]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list):
         return [model for part in get_args(annotation) for model in _sections_in(part)]
     return []
 

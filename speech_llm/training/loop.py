@@ -135,11 +135,13 @@ def train(
     described: Path | None = None,
     probe: Probe | None = None,
     progress: bool = True,
+    extra_examples: Path | None = None,
 ) -> dict[str, Any]:
     """Train by a recipe; resumes from the newest checkpoint under `out_dir`; writes the model to `model_dir`.
 
     `described`: the described training clips, for the connector's warm-up. `probe(model, processor, epoch)` is called
-    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. Returns the counts of the stage.
+    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. `extra_examples`: rows
+    mixed in after those of `examples`. Returns the counts of the stage.
     """
     from accelerate import Accelerator
 
@@ -156,7 +158,7 @@ def train(
     model.to(device)
     features = FeatureStore(feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s)
     rejects: list[dict[str, Any]] = []
-    rows = list(read_examples(examples, rejects))
+    rows = [row for path in (examples, extra_examples) if path for row in read_examples(path, rejects)]
     llm_frozen = not any(p.requires_grad for p in model.llm.parameters())
     data = build_training_set(rows, processor, features, settings.max_tokens, llm_frozen, show)
     if main:
@@ -388,7 +390,7 @@ def warm_up(
             tuned = learn_soft_words(
                 soft,
                 model,
-                data.packs,
+                [pack for pack in data.packs if pack.clips],
                 {clip["audio"]: clip["attributes"] for clip in clips},
                 lambda batch, vectors: batch_loss(model, batch, features, prefix, device, vectors),
                 prefix_length=len(data.prefix),
