@@ -141,7 +141,10 @@ def _mixture_files(recipe: Recipe) -> list[Path]:
     paths = [
         path for item in _pick(recipe.mixture)["sources"] for path in recipe.mixture_paths(item).values()
     ]
-    inside = [sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] for path in paths]
+    inside = [
+        sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for path in paths
+    ]
     return list(dict.fromkeys(itertools.chain(*inside)))
 
 

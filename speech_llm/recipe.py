@@ -232,7 +232,9 @@ class TargetsSection(Section):
 
 def _share(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise PydanticCustomError("share", "a share of the audio Examples, over 0 and at most 1 (0.05 is 5 %)")
+        raise PydanticCustomError(
+            "share", "a share of the audio Examples, over 0 and at most 1 (0.05 is 5 %)"
+        )
     return float(value)
 
 
@@ -264,7 +266,8 @@ class _TextRows(Section):
     def _one_place(self) -> _TextRows:
         if self.rows is not None and self.dataset is not None:
             raise _contradiction(
-                ("mixture.sources",), "rows and dataset are both given for one source of the mixture; keep one"
+                ("mixture.sources",),
+                "rows and dataset are both given for one source of the mixture; keep one",
             )
         if self.columns and "messages" not in self.columns and not {"user", "assistant"} <= set(self.columns):
             raise _contradiction(
@@ -326,20 +329,25 @@ class SelfSynthesized(_WrittenRows):
     type: Literal["self_synthesized"] = Field(description="requests written after two demonstrations")
     top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus of the sampling")
     demonstrations: Text | None = Field(
-        default=None, description="JSONL file of rows to show, relative to the recipe file; null = the package's"
+        default=None,
+        description="JSONL file of rows to show, relative to the recipe file; null = the package's",
     )
-    clusters: Positive = Field(default=20, description="groups of alike requests, from which rows are taken in turn")
+    clusters: Positive = Field(
+        default=20, description="groups of alike requests, from which rows are taken in turn"
+    )
     oversample: float = Field(
-        default=2.0, ge=1, description="rows written for each row kept: those nearest to a group's middle stay"
+        default=2.0,
+        ge=1,
+        description="rows written for each row kept: those nearest to a group's middle stay",
     )
 
 
 class MixtureSection(Section):
     """What is mixed in against forgetting; nothing (audio only) unless `sources` names it."""
 
-    sources: list[Annotated[Replay | Safety | PseudoReplay | Magpie | SelfSynthesized, Field(discriminator="type")]] = (
-        Field(default_factory=list, description="rows mixed in: a list of {type: ..., ratio: ...}")
-    )
+    sources: list[
+        Annotated[Replay | Safety | PseudoReplay | Magpie | SelfSynthesized, Field(discriminator="type")]
+    ] = Field(default_factory=list, description="rows mixed in: a list of {type: ..., ratio: ...}")
     count: Literal["rows", "tokens"] = Field(
         default="rows", description="what a ratio counts: Examples, or the tokens that are learned"
     )

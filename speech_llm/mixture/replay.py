@@ -69,6 +69,7 @@ class TextRows:
                 self.dropped[str(error)] += 1
                 continue
             example.id = example.id or identity
+            example.source = {**example.source, "dataset": self.name, "row": example.id}
             yield example
 
     def _mapped(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -80,14 +81,22 @@ class TextRows:
             for role in ("system", "user", "assistant"):
                 column = self.columns.get(role)
                 if column is not None and column not in row:
-                    raise ValueError(f"it has no column {column!r}.{nearest(column, [str(name) for name in row])}")
+                    raise ValueError(
+                        f"it has no column {column!r}.{nearest(column, [str(name) for name in row])}"
+                    )
                 if column is not None and (role != "system" or row[column]):
                     turns.append({"role": role, "content": row[column]})
             row = {"id": row.get("id"), "messages": turns}
         messages = row.get("messages")
-        if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "from" in messages[0]:
+        if (
+            isinstance(messages, list)
+            and messages
+            and isinstance(messages[0], dict)
+            and "from" in messages[0]
+        ):
             row["messages"] = [
-                {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in messages
+                {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+                for turn in messages
             ]
         # Other columns of a dataset may be called as an Example's parts are, and mean something else.
         return {key: row[key] for key in ("id", "messages", "source") if row.get(key) is not None}
@@ -136,17 +145,14 @@ class TextRows:
             ) from None
         for column in self.columns.values():
             if first and column not in first:
-                raise UserError(
-                    f"mixture: {where} has no column {column!r}; it has: {', '.join(first)}"
-                )
+                raise UserError(f"mixture: {where} has no column {column!r}; it has: {', '.join(first)}")
         shuffled = loaded.shuffle(seed=self.seed, buffer_size=STREAM_BUFFER)
         for number, row in enumerate(shuffled, start=1):
             yield f"row-{number}", row
 
 
-def text_rows(settings: Replay | Safety, file: Path | None, seed: int) -> TextRows:
-    """The rows that a source names; `file`: its `rows` as a path. Without any, the package's own."""
-    dataset = settings.dataset
+def text_rows(settings: Replay | Safety, file: Path | None, dataset: str | None, seed: int) -> TextRows:
+    """The rows that a source names; `file`, `dataset`: where it says that they lie. Without either, the package's own."""
     if file is None and dataset is None:
         file = PACKAGED["general" if settings.type == "replay" else "safety"]
     return TextRows(file, dataset, settings.subset, settings.split, settings.columns, seed)
@@ -209,4 +215,3 @@ def _some(rows: TextRows) -> Iterator[Example]:
         if number >= STREAM_BUFFER:
             return
         yield example
-

@@ -7,19 +7,22 @@ what a later model is kept close to.
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, read_examples, write_examples
-from speech_llm.mixture.replay import fill_replay, fill_safety, text_rows
+from speech_llm.mixture.replay import PACKAGED, TextRows, fill_replay, fill_safety, text_rows
 from speech_llm.mixture.share import Budget, learned_tokens, promised
 from speech_llm.mixture.writer import Writer
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
+
+# Demonstrations that pairs are drawn from: enough for a hundred thousand pairs.
+MOST_DEMONSTRATIONS = 400
 
 
 def write_mixture(recipe: Recipe, audio: Path, out_dir: Path, progress: bool = True) -> dict[str, Any]:
@@ -93,17 +96,17 @@ def _fill(recipe: Recipe, settings: Any, name: str, budget: Budget, writer: Writ
 
     if settings.type in ("replay", "safety"):
         file = recipe.resolve_path(settings.rows) if settings.rows else None
-        texts = text_rows(settings, file, _local(recipe, settings.dataset), recipe.seed)
+        texts = text_rows(settings, file, _folder(recipe, settings), recipe.seed)
         if settings.type == "replay":
             dropped = fill_replay(budget, texts, settings.repeat)
         else:
             dropped = fill_safety(budget, settings, texts)
         for example in budget.rows:
-            example.source = {
-                **example.source, "strategy": settings.type, "dataset": texts.name, "row": example.id, "seed": recipe.seed,
-            }  # fmt: skip
+            example.source |= {"strategy": settings.type, "seed": recipe.seed}
             example.id = f"{name}/{example.id}"
-        kinds = Counter(str(example.source.get("kind")) for example in budget.rows if "kind" in example.source)
+        kinds = Counter(
+            str(example.source.get("kind")) for example in budget.rows if "kind" in example.source
+        )
         return {"dropped": dict(dropped), **({"kinds": dict(kinds)} if kinds else {})}
     source = {
         "strategy": settings.type,
@@ -123,4 +126,17 @@ def _fill(recipe: Recipe, settings: Any, name: str, budget: Budget, writer: Writ
         "tried": made.tried,
         "acceptance": round((made.tried - sum(made.dropped.values())) / max(1, made.tried), 4),
         "dropped": dict(made.dropped.most_common()),
+        "spare": made.spare,
     }
+
+
+def _folder(recipe: Recipe, settings: Any) -> str | None:
+    """The dataset: a folder's path where there is one, else the name as it is."""
+    path = recipe.mixture_paths({"dataset": settings.dataset}).get("dataset")
+    return str(path) if path is not None else settings.dataset
+
+
+def _demonstrations(recipe: Recipe, settings: Any) -> list[Example]:
+    """Rows whose first turn is shown: the recipe's file, or the package's own."""
+    file = recipe.resolve_path(settings.demonstrations) if settings.demonstrations else PACKAGED["general"]
+    return list(itertools.islice(TextRows(file, None, None, "train", {}, recipe.seed), MOST_DEMONSTRATIONS))

@@ -1,14 +1,14 @@
 """The base LLM as a writer of conversations: it samples turns, answers them, and never does the same work twice.
 
 In: starts of conversations as token ids, and chats to answer. Out: `Turn`s.
-Every turn goes to a journal as it comes: a stage that was killed reads it again instead of writing it again, and a stage that
-finds all of its turns there does not even load the LLM. Each turn is drawn from a seed of its own number, so that what comes
+Every turn goes to a journal as it comes: a stage that was killed reads it again instead of writing it again. Each turn is drawn from a seed of its own number, so that what comes
 after a kill is what would have come without it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from speech_llm.errors import UserError
@@ -77,7 +78,7 @@ class Frame:
 
 
 class Writer:
-    """Writes turns with one LLM, loaded at the first turn that the journal does not have.
+    """Writes turns with one LLM, loaded when it is first needed.
 
     `load()` gives the LLM and its tokenizer; `tokens` and `seconds` are of the turns written by this process.
     """
@@ -116,8 +117,23 @@ class Writer:
             self._loaded = self._load()
         return self._loaded
 
+    @functools.cached_property
     def frame(self) -> Frame:
+        """What the LLM's chat template puts around turns."""
         return Frame.of(self.tokenizer, self.reference)
+
+    @functools.cached_property
+    def turn_end(self) -> str:
+        """The token that ends a user's turn, as text."""
+        from speech_llm.generation import end_of_turn_ids
+
+        stop = end_of_turn_ids(self.tokenizer, self.llm)
+        ids = self.tokenizer(self.frame.between, add_special_tokens=False)["input_ids"]
+        return str(self.tokenizer.decode([next((token for token in ids if token in stop), stop[0])]))
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are written out."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def sample(
         self,
@@ -147,7 +163,9 @@ class Writer:
                 def done(place: int, ids: list[int]) -> None:
                     text = self.tokenizer.decode(ids, skip_special_tokens=not special)
                     # The token that ends a turn is no part of it, and counts as one that was written.
-                    self._note(source, part, new[place][0], Turn(text, len(ids) + 1, len(ids) < max_new_tokens))
+                    self._note(
+                        source, part, new[place][0], Turn(text, len(ids) + 1, len(ids) < max_new_tokens)
+                    )
                     bar.update()
 
                 generate(
@@ -193,6 +211,30 @@ class Writer:
                     on_answer=done,
                 )
         return [self._turn(source, part, number) for number, _ in chats]
+
+    def embed(self, texts: Sequence[str], batch_tokens: int) -> np.ndarray:
+        """(texts, width) float32: the mean of the LLM's last hidden states over each text."""
+        import torch
+
+        rows = [self.tokens_of(text) or self.tokens_of(" ") for text in texts]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        device = self.llm.get_input_embeddings().weight.device
+        out: dict[int, np.ndarray] = {}
+        while order:
+            batch = [order.pop()]  # the longest that is left, so that the rest of its batch is no longer
+            while order and (len(batch) + 1) * len(rows[batch[0]]) <= batch_tokens:
+                batch.append(order.pop())
+            ids = torch.zeros(len(batch), len(rows[batch[0]]), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for place, number in enumerate(batch):
+                ids[place, : len(rows[number])] = torch.tensor(rows[number])
+                mask[place, : len(rows[number])] = 1
+            ids, mask = ids.to(device), mask.to(device)
+            with torch.inference_mode():
+                states = self.llm.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            means = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+            out.update(zip(batch, means.cpu().numpy(), strict=True))
+        return np.stack([out[number] for number in range(len(rows))])
 
     @contextlib.contextmanager
     def _working(self, what: str, count: int) -> Iterator[tqdm[Any]]:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, Message
 from speech_llm.mixture.filters import Seen, turn_verdict
-from speech_llm.mixture.share import Budget
+from speech_llm.mixture.share import Budget, promised
 from speech_llm.mixture.writer import Frame, Turn, Writer
 
 if TYPE_CHECKING:
@@ -35,10 +37,11 @@ MOST_TURNS = 4
 
 @dataclass
 class Written:
-    """What a source wrote: `tried` candidates and why some were dropped."""
+    """What a source wrote: `tried` candidates, why some were dropped, and how many good ones were left over."""
 
     tried: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    spare: int = 0
 
 
 Candidate = Example | str  # or why it is dropped
@@ -84,7 +87,7 @@ def magpie(settings: Magpie, name: str, budget: Budget, writer: Writer, source: 
     seen = Seen()
 
     def start() -> list[int]:
-        return list(writer.tokenizer(writer.frame().opening, add_special_tokens=False)["input_ids"])
+        return writer.tokens_of(writer.frame.opening)
 
     def make(numbers: range) -> list[Candidate]:
         users = writer.sample(
@@ -125,9 +128,7 @@ def _answered(
     answers = writer.answer(
         name, chats, max_new_tokens=settings.max_answer_tokens, batch_tokens=settings.batch_tokens
     )
-    made = {
-        number: (chat, answer) for (number, chat), answer in zip(chats, answers, strict=True)
-    }
+    made = {number: (chat, answer) for (number, chat), answer in zip(chats, answers, strict=True)}
     out: list[Candidate] = []
     for number, verdict in zip(numbers, verdicts, strict=True):
         if number not in made:
@@ -138,7 +139,9 @@ def _answered(
         if verdict != "ok":
             out.append(verdict if verdict.startswith("assistant") else f"answer: {verdict}")
         else:
-            out.append(_example(name, number, [*chat, {"role": "assistant", "content": answer.text.strip()}], source))
+            out.append(
+                _example(name, number, [*chat, {"role": "assistant", "content": answer.text.strip()}], source)
+            )
     return out
 
 
@@ -182,7 +185,7 @@ def _from_start(
     def first() -> list[int]:
         tokenizer = writer.tokenizer
         if start is not None:
-            return list(tokenizer(writer.frame().opening + start, add_special_tokens=False)["input_ids"])
+            return writer.tokens_of(writer.frame.opening + start)
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if bos is None:
             raise UserError(
@@ -192,7 +195,7 @@ def _from_start(
 
     def make(numbers: range) -> list[Candidate]:
         texts = _conversations(settings, label, numbers, first, writer)
-        frame = writer.frame()
+        frame = writer.frame
         out: list[Candidate] = []
         for number, text in zip(numbers, texts, strict=True):
             parsed = parse_conversation(text, frame) if text is not None else "assistant turn does not end"
@@ -226,10 +229,7 @@ def _conversations(
 
         def start_of(number: int) -> Callable[[], list[int]]:
             def ids() -> list[int]:
-                own = texts.get(number)
-                if own is None:
-                    return first()
-                return list(writer.tokenizer(own, add_special_tokens=False)["input_ids"])
+                return writer.tokens_of(texts[number]) if number in texts else first()
 
             return ids
 
@@ -243,7 +243,7 @@ def _conversations(
             top_k=settings.top_k,
             special=True,
         )
-        frame, closing = writer.frame(), writer.turn_end()
+        frame, closing = writer.frame, writer.turn_end
         again = []
         for number, turn in zip(waiting, turns, strict=True):
             texts.setdefault(number, writer.tokenizer.decode(first()))
@@ -294,7 +294,9 @@ def self_synthesized(
     """
     pairs = list(itertools.permutations(range(len(demonstrations)), 2))
     if not pairs:
-        raise UserError(f"mixture, {name}: two demonstrations or more are needed, and there are {len(demonstrations)}")
+        raise UserError(
+            f"mixture, {name}: two demonstrations or more are needed, and there are {len(demonstrations)}"
+        )
     random.Random(f"{writer.seed}-{name}-pairs").shuffle(pairs)
     requests = [str(example.messages[0]["content"]) for example in demonstrations]
     seen = Seen()
@@ -306,7 +308,7 @@ def self_synthesized(
 
     def start_of(number: int) -> Callable[[], list[int]]:
         def ids() -> list[int]:
-            frame = writer.frame()
+            frame = writer.frame
             text = "".join(f"{frame.user_head}{requests[i]}{frame.between}" for i in shown(number))
             return list(writer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -324,5 +326,23 @@ def self_synthesized(
         )
         return _answered(settings, name, writer, numbers, users, seen, source)
 
-    pool = budget.like(int(budget.wanted * settings.oversample + 0.5))
-    return fill_written(pool, name, make)
+    pool = budget.like(promised(settings.oversample, budget.wanted))
+    written = fill_written(pool, name, make)
+    vectors = writer.embed([str(row.messages[0]["content"]) for row in pool.rows], settings.batch_tokens)
+    budget.fill(pool.rows[i] for i in spread_out(vectors, settings.clusters, writer.seed))
+    written.spare = len(pool.rows) - len(budget.rows)
+    return written
+
+
+def spread_out(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
+    """Row numbers of `vectors` (rows, width): from each k-means cluster in turn, those nearest to its middle first."""
+    from sklearn.cluster import KMeans
+
+    clusters = min(clusters, len(np.unique(vectors, axis=0)))
+    found = KMeans(clusters, n_init=4, random_state=seed).fit(vectors)
+    distances = np.linalg.norm(vectors - found.cluster_centers_[found.labels_], axis=1)
+    queues: list[list[int]] = [[] for _ in range(clusters)]
+    for row in np.argsort(distances, kind="stable").tolist():
+        queues[found.labels_[row]].append(row)
+    turns = itertools.zip_longest(*queues)
+    return [row for turn in turns for row in turn if row is not None]
