@@ -116,6 +116,18 @@ def targets(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet 
 @app.command(
     epilog="""\b
 Example:
+  speech-llm mixture recipes/quickstart.yaml --out runs/mixed --set trainable.lora.rank=8 --set model.gate_adapters=false --set "mixture.sources=[{type: replay}]"
+Then read runs/mixed/mixture/examples.jsonl.""",
+)
+def mixture(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Up to the text rows that are mixed in: corpus, describe, targets, mixture."""
+    run_dir = _run_stages(recipe, out, set_, quiet, "mixture")
+    typer.echo(f"mixed in: {run_dir / 'mixture' / 'examples.jsonl'}")
+
+
+@app.command(
+    epilog="""\b
+Example:
   speech-llm cache recipes/quickstart.yaml
 Training and evaluation fill the cache by themselves; this does it ahead, for instance on another machine.""",
 )

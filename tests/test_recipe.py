@@ -118,7 +118,9 @@ def test_values_that_are_not_implemented_list_those_that_are(recipe_file: Path) 
     )
     assert "implemented: ce" in error(recipe_file, "loss.type=kl")
     assert "implemented: sft" in error(recipe_file, "style=rollout")
-    assert "mixture.replay is not implemented yet" in error(recipe_file, "mixture.replay=0.05")
+    assert "unknown key 'replay' in mixture. Known: sources, count." in error(
+        recipe_file, "mixture.replay=0.05"
+    )
     assert "trainable.encoder_lora is not implemented yet" in error(
         recipe_file, "trainable.encoder_lora={rank: 4}"
     )
