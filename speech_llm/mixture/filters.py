@@ -2,7 +2,7 @@
 
 In: a turn's text. Out: "ok" or why it is dropped. `Seen` tells turns that are (nearly) the same as an earlier one.
 The rules are the ones that samples of a small LLM need: it repeats itself, wanders into other scripts, and writes lists of
-characters that are no language. Each holds for any language that puts spaces or its own script between words.
+characters that are no language. They are made for languages with spaces between words, and for Chinese and Japanese.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ USER_WORDS = (3, 120)
 RUN_WORDS = 3
 # A turn whose runs of words are this share repeated goes in circles.
 MOST_REPEATED = 0.3
-# Letters, digits, spaces and common punctuation make up at least this share of language.
+# Letters, digits, spaces and punctuation make up at least this share of language.
 LEAST_LANGUAGE = 0.9
 LEAST_LETTERS = 0.5
 # Share of the letters that belong to the script of most of them (a translation may quote another).
@@ -26,7 +26,9 @@ LONGEST_WORD = 40
 # Turns that share this share of their runs of words (Jaccard) count as the same.
 SAME = 0.6
 
-_PUNCTUATION = set(" \t\n.,;:!?'\"()[]{}<>-_/\\*#`+=%$&@|~^°•–—…‘’“”€£")
+# Letters, marks, numbers, punctuation, separators, signs of arithmetic and money; and what Markdown and code need.
+_LANGUAGE = ("L", "M", "N", "P", "Z", "Sm", "Sc")
+_SIGNS = set("\n\t\r`^|~°")
 # Left-overs of a chat template: <|im_end|>, <s>, [INST], <start_of_turn>.
 _TEMPLATE = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>", re.IGNORECASE)
 
@@ -62,7 +64,7 @@ def turn_verdict(text: str, role: str) -> str:
 
 
 def _language_verdict(text: str, words: list[str]) -> str | None:
-    known = sum(c.isalnum() or c in _PUNCTUATION or unicodedata.category(c).startswith("M") for c in text)
+    known = sum(c in _SIGNS or unicodedata.category(c).startswith(_LANGUAGE) for c in text)
     if known < LEAST_LANGUAGE * len(text):
         return "not language"
     letters = [c for c in text if c.isalpha()]

@@ -137,6 +137,8 @@ def _folder(recipe: Recipe, settings: Any) -> str | None:
 
 
 def _demonstrations(recipe: Recipe, settings: Any) -> list[Example]:
-    """Rows whose first turn is shown: the recipe's file, or the package's own."""
+    """Rows of one question and one answer: of the recipe's file, or of the package."""
     file = recipe.resolve_path(settings.demonstrations) if settings.demonstrations else PACKAGED["general"]
-    return list(itertools.islice(TextRows(file, None, None, "train", {}, recipe.seed), MOST_DEMONSTRATIONS))
+    rows = TextRows(file, None, None, "train", {}, recipe.seed)
+    short = (row for row in rows if [turn["role"] for turn in row.messages] == ["user", "assistant"])
+    return list(itertools.islice(short, MOST_DEMONSTRATIONS))

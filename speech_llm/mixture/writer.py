@@ -38,12 +38,14 @@ class Turn:
 class Frame:
     """What a chat template puts around the turns: `opening` before the first user's text, `between` it and the answer.
 
-    `user_head`: what opens a user's turn, without the system turn that a template may put first.
+    `user_head`: what opens a user's turn, without the system turn that a template may put first. `closing`: what follows an
+    answer.
     """
 
     opening: str
     between: str
     user_head: str
+    closing: str
 
     @classmethod
     def of(cls, tokenizer: Any, reference: str = "the LLM") -> Frame:
@@ -74,7 +76,7 @@ class Frame:
         opening, _, between = one.partition(_USER)
         # A template without a system turn opens the first turn as all others.
         head = gap[len(tail) :]
-        return cls(opening, between, head if head and opening.endswith(head) else opening)
+        return cls(opening, between, head if head and opening.endswith(head) else opening, tail)
 
 
 class Writer:
@@ -93,7 +95,8 @@ class Writer:
         progress: bool = True,
     ) -> None:
         self.reference, self.seed, self.progress = reference, seed, progress
-        self._load, self._loaded = load, None
+        self._load = load
+        self._loaded: tuple[Any, Any] | None = None
         self._journal = JsonlAppender(journal)
         self._known = {(row["source"], row["part"], row["number"]): row for row in self._journal.rows}
         self.tokens, self.seconds = 0, 0.0

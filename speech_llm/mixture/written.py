@@ -275,8 +275,6 @@ def parse_conversation(text: str, frame: Frame) -> list[Message] | str:
 
 # ---------------------------------------------------------------- self-synthesized rehearsal
 
-INSTRUCTION = "Write one more request that somebody could send to an assistant. It is about something else."
-
 
 def self_synthesized(
     settings: SelfSynthesized,
@@ -286,7 +284,7 @@ def self_synthesized(
     demonstrations: Sequence[Example],
     source: dict[str, Any],
 ) -> Written:
-    """2403.01244: the LLM sees two requests and writes a third; it is answered by the LLM as it is now.
+    """2403.01244: the LLM sees two requests with their answers and writes a third, which it then answers without them.
 
     Demonstrations are ordered pairs, drawn without repeating one. `settings.oversample` times the promised rows are written;
     the LLM's own embeddings of the requests are clustered (k-means), and rows are taken from the clusters in turn, those
@@ -299,18 +297,18 @@ def self_synthesized(
         )
     random.Random(f"{writer.seed}-{name}-pairs").shuffle(pairs)
     requests = [str(example.messages[0]["content"]) for example in demonstrations]
+    answers = [str(example.messages[1]["content"]) for example in demonstrations]
     seen = Seen()
     for request in requests:
         seen.add(request)
 
-    def shown(number: int) -> list[int]:
-        return list(pairs[number % len(pairs)])
-
     def start_of(number: int) -> Callable[[], list[int]]:
         def ids() -> list[int]:
             frame = writer.frame
-            text = "".join(f"{frame.user_head}{requests[i]}{frame.between}" for i in shown(number))
-            return list(writer.tokenizer(text, add_special_tokens=False)["input_ids"])
+            shown = [
+                f"{requests[i]}{frame.between}{answers[i]}{frame.closing}" for i in pairs[number % len(pairs)]
+            ]
+            return writer.tokens_of(frame.opening + "".join(f"{text}{frame.user_head}" for text in shown))
 
         return ids
 
