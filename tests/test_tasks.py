@@ -95,7 +95,9 @@ def test_labels_say_how_the_clip_was_made() -> None:
         "ActorCounting_Quickstart": "one", "TopicClassification_Quickstart": "travel",
     }  # fmt: skip
     for name, label in expected.items():
-        question = by_name[name].ask(row, random.Random(0))
+        # Some tasks ask a part of the clips only, by chance.
+        asked = (by_name[name].ask(row, random.Random(seed)) for seed in range(200))
+        question = next((question for question in asked if question is not None), None)
         assert question is not None, name
         assert question.label == label, name
     assert by_name["IntentClassification_Quickstart-Location"].ask(row, random.Random(0)) is None

@@ -197,9 +197,12 @@ def _words(text: str) -> list[str]:
     return text.lower().replace(".", "").replace(",", "").split()
 
 
-def _word_count(row: Row, _rng: random.Random) -> Question | None:
+def _word_count(row: Row, rng: random.Random) -> Question | None:
+    """Six, seven or eight words; longer sentences, of which there are many more, are asked less often."""
     count = len(row["text"].split())
-    return Question(("6", "7", "8"), str(count), {}) if 6 <= count <= 8 else None
+    if rng.random() >= {6: 1.0, 7: 0.2, 8: 0.1}.get(count, 0.0):
+        return None
+    return Question(("6", "7", "8"), str(count), {})
 
 
 def _when_or_where(row: Row, _rng: random.Random) -> Question | None:
