@@ -318,6 +318,8 @@ def test_turns_that_are_nearly_the_same_count_once() -> None:
     assert seen.add("Please write a short poem about a mountain at night.")
     assert seen.add("What is it?")
     assert not seen.add("What is it")
+    assert seen.add("What is the capital of France?")
+    assert seen.add("What is the capital of Spain?")
 
 
 # ---------------------------------------------------------------- rows that the LLM writes

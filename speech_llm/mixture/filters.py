@@ -24,7 +24,7 @@ LEAST_LETTERS = 0.5
 LEAST_ONE_SCRIPT = 0.8
 LONGEST_WORD = 40
 # Turns that share this share of their runs of words (Jaccard) count as the same.
-SAME = 0.6
+SAME = 0.7
 
 # Letters, marks, numbers, punctuation, separators, signs of arithmetic and money; and what Markdown and code need.
 _LANGUAGE = ("L", "M", "N", "P", "Z", "Sm", "Sc")
