@@ -126,7 +126,7 @@ def _facts(folder: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     total = 0.0
     times = []
-    for stage in ("corpus", "describe", "targets", "train", "eval"):
+    for stage in ("corpus", "describe", "targets", "mixture", "train", "eval"):
         path = folder / stage / "manifest.json"
         if path.exists():
             seconds = float(read_json(path)["seconds"])

@@ -117,6 +117,7 @@ def generate(
     batch_tokens: int = 4096,
     audio_token_id: int | None = None,
     on_done: Callable[[int, list[int]], None] | None = None,
+    top_k: int = 0,
 ) -> list[list[int]]:
     """Answer every prompt; greedy when `temperature` is 0, else nucleus sampling with one seed per prompt.
 
@@ -124,7 +125,7 @@ def generate(
     `batch_tokens` bounds rows x (longest prompt + answer) of a batch. `on_done(index, ids)` is called
     as soon as a prompt's answer is complete (progress bars, saving). The stop token is not part of the answer.
     A row's result does not depend on its batch-mates beyond rounding: padding is masked, positions are its own,
-    and sampling draws from a generator of its own.
+    and sampling draws from a generator of its own. `top_k`: sample among the k likeliest tokens only; 0 = all.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts:
@@ -146,7 +147,7 @@ def generate(
     for batch in _batches(groups, prompts, max_new_tokens, batch_tokens):
         members, logits, layers, mask = _prefill(llm, prompts, batch, start, prefix, batch_tokens, packable)
         generators = [torch.Generator().manual_seed(seeds[i]) for i in members] if temperature > 0 else None
-        sample = _Sampler(temperature, top_p, generators)
+        sample = _Sampler(temperature, top_p, generators, top_k)
         for row, ids in _decode(llm, logits, layers, mask, sample, stop, max_new_tokens):
             answers[members[row]] = ids
             if on_done is not None:
@@ -350,18 +351,26 @@ class _Sampler:
     temperature: float
     top_p: float
     generators: list[torch.Generator] | None
+    top_k: int = 0
 
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         chosen = None if self.generators is None else [self.generators[row] for row in rows]
-        return _choose(logits, self.temperature, self.top_p, chosen)
+        return _choose(logits, self.temperature, self.top_p, chosen, self.top_k)
 
 
 def _choose(
-    logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator] | None
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    generators: list[torch.Generator] | None,
+    top_k: int = 0,
 ) -> Tensor:
     """Next token (rows,): the most likely, or a nucleus sample with each row's own generator."""
     if temperature <= 0 or generators is None:
         return logits.argmax(-1)
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         sorted_p, order = probabilities.sort(-1, descending=True)

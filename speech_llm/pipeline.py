@@ -1,4 +1,4 @@
-"""The stages of a run: corpus -> describe -> targets -> train -> eval -> report, each into its own folder.
+"""The stages of a run: corpus -> describe -> targets (-> mixture) -> train -> eval -> report, each into its own folder.
 
 In: a recipe and a run folder. Out: `RUN/<stage>/` with a `manifest.json`, written last: the recipe's part, the hashes of
 what went in and came out, versions, seconds, counts. A stage is skipped when it is finished and nothing that it depends on
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import platform
 import shutil
 import time
@@ -43,7 +44,8 @@ class Stage:
 
     `version` changes whenever the same recipe and input would give another output. `part`: what of the recipe it depends
     on. `inputs`: files whose contents it depends on. `run(recipe, run_dir, progress)` does it, resuming by itself, and
-    returns its counts. `outputs`: what it makes outside its own folder, relative to the run folder.
+    returns its counts. `outputs`: what it makes outside its own folder, relative to the run folder. `when`: whether a run
+    of this recipe has the stage at all.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stage:
     inputs: Callable[[Recipe, Path], list[Path]]
     run: Callable[[Recipe, Path, bool], dict[str, Any]]
     outputs: tuple[str, ...] = ()
+    when: Callable[[Recipe], bool] = lambda _: True
 
 
 def _corpus(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
@@ -116,6 +119,36 @@ def _targets(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
     return write_targets(recipe, run_dir / "describe" / "train.jsonl", run_dir / "targets", progress)
 
 
+def _mixes(recipe: Recipe) -> bool:
+    return bool(recipe.mixture.sources)
+
+
+def _mixture(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
+    from speech_llm.mixture.run import write_mixture
+
+    return write_mixture(recipe, run_dir / "targets" / "examples.jsonl", run_dir / "mixture", progress)
+
+
+def _mixture_part(recipe: Recipe) -> dict[str, Any]:
+    """The mixture without the names of its files, whose contents count."""
+    section = _pick(recipe.mixture)
+    for item in section["sources"]:
+        for key in recipe.mixture_paths(item):
+            item.pop(key)
+    return section
+
+
+def _mixture_files(recipe: Recipe) -> list[Path]:
+    paths = [
+        path for item in _pick(recipe.mixture)["sources"] for path in recipe.mixture_paths(item).values()
+    ]
+    inside = [
+        sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for path in paths
+    ]
+    return list(dict.fromkeys(itertools.chain(*inside)))
+
+
 def _train(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
     from speech_llm.evaluation import make_probe
     from speech_llm.training.loop import train
@@ -126,6 +159,7 @@ def _train(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
         run_dir / "train",
         run_dir / "model",
         described=run_dir / "describe" / "train.jsonl",
+        extra_examples=run_dir / "mixture" / "examples.jsonl" if _mixes(recipe) else None,
         probe=make_probe(recipe, run_dir),
         progress=progress,
         start_from=recipe.start_from,
@@ -162,7 +196,7 @@ def _targets_part(recipe: Recipe) -> dict[str, Any]:
     return part
 
 
-STAGE_NAMES = ("corpus", "describe", "targets", "train", "eval", "report")
+STAGE_NAMES = ("corpus", "describe", "targets", "mixture", "train", "eval", "report")
 # Bump a stage's version with every change that makes the same recipe and input give another output.
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -206,6 +240,18 @@ STAGES: tuple[Stage, ...] = (
         _targets,
     ),
     Stage(
+        "mixture",
+        1,
+        lambda r: {"seed": r.seed, "llm": r.model.llm, "mixture": _mixture_part(r)},
+        lambda r, run: [
+            run / "targets" / "examples.jsonl",
+            *_mixture_files(r),
+            *_local_models(r.model.llm),
+        ],
+        _mixture,
+        when=_mixes,
+    ),
+    Stage(
         "train",
         1,
         lambda r: {
@@ -213,7 +259,8 @@ STAGES: tuple[Stage, ...] = (
             "model": _pick(r.model),
             "data": _pick(r.data, "max_duration_s"),
             "describe": _pick(r.describe, "labels", "form"),
-            "mixture": _pick(r.mixture),
+            # What is mixed in counts as an input; a run without it keeps the key that it had.
+            "mixture": {},
             "loss": _pick(r.loss),
             "trainable": _pick(r.trainable),
             "style": r.style,
@@ -225,6 +272,7 @@ STAGES: tuple[Stage, ...] = (
         },
         lambda r, run: [
             run / "targets" / "examples.jsonl",
+            *([run / "mixture" / "examples.jsonl"] if _mixes(r) else []),
             run / "describe" / "train.jsonl",
             run / "describe" / "test.jsonl",
             *_local_models(r.model.llm, r.model.encoder),
@@ -257,7 +305,10 @@ STAGES: tuple[Stage, ...] = (
         "report",
         1,
         lambda r: {"name": r.name},
-        lambda r, run: [run / "results.json", *(run / name / "manifest.json" for name in STAGE_NAMES[:-1])],
+        lambda r, run: [
+            run / "results.json",
+            *(run / stage.name / "manifest.json" for stage in STAGES[:-1] if stage.when(r)),
+        ],
         _report,
         ("report.html",),
     ),
@@ -289,7 +340,12 @@ def run_stages(
     `say` gets one line per stage; `command` is what the user typed, kept at the head of `RUN/recipe.yaml`.
     Raises `UserError`: a user's mistake, a folder that is no run's, another process at work in the folder.
     """
-    stages = stages or STAGES
+    stages = tuple(stage for stage in stages or STAGES if stage.when(recipe))
+    if until not in [stage.name for stage in stages]:
+        raise UserError(
+            f"{recipe.path}: a run of this recipe has no stage {until}, because its {until} is empty; "
+            f"it has: {', '.join(stage.name for stage in stages)}"
+        )
     last = [stage.name for stage in stages].index(until)
     with _locked(run_dir):
         _claim(recipe, run_dir, stages, command)

@@ -263,13 +263,13 @@ class TeacherSection(Section):
     @model_validator(mode="after")
     def _server(self) -> TeacherSection:
         if self.backend == "openai" and self.url is None:
-            raise _contradiction(
+            raise contradiction(
                 ("targets.teacher.backend", "targets.teacher.url"),
                 "targets.teacher.backend is 'openai', but targets.teacher.url is missing; say where the server is",
             )
         for key in ("url", "api_key_env"):
             if self.backend != "openai" and getattr(self, key) is not None:
-                raise _contradiction(
+                raise contradiction(
                     (f"targets.teacher.{key}", "targets.teacher.backend"),
                     f"targets.teacher.{key} is given, but targets.teacher.backend is {self.backend!r}, which asks no server; "
                     "set the backend to openai or leave the key out",
@@ -331,31 +331,31 @@ class TargetsSection(Section):
     def _one_strategy(self) -> TargetsSection:
         strategy, model = self.strategy, self.teacher.model if self.teacher is not None else None
         if self.samples is not None and self.samples > 1 and strategy != "self_output":
-            raise _contradiction(
+            raise contradiction(
                 ("targets.samples", "targets.strategy"),
                 f"targets.samples is {self.samples}, but targets.strategy is {strategy!r}, which takes one answer; "
                 "set the strategy to self_output or leave samples out",
             )
         if strategy == "self_output" and self.temperature == 0 and self.drawn_samples > 1:
-            raise _contradiction(
+            raise contradiction(
                 ("targets.temperature", "targets.samples"),
                 f"targets.temperature is 0, so all {self.drawn_samples} targets.samples would be the same answer; "
                 "set temperature above 0 or samples to 1",
             )
         if strategy == "teacher" and model is None:
-            raise _contradiction(
+            raise contradiction(
                 ("targets.strategy", "targets.teacher"),
                 "targets.strategy is 'teacher', but targets.teacher names no model; "
                 "give targets.teacher.model, or take the strategy self for the base LLM's own answers",
             )
         if strategy in OF_THE_BASE_LLM and model is not None:
-            raise _contradiction(
+            raise contradiction(
                 ("targets.teacher.model", "targets.strategy"),
                 f"targets.teacher.model is {model!r}, but targets.strategy is {strategy!r}, in which the base LLM itself writes; "
                 "leave the model out (the backend may stay) or set the strategy to teacher",
             )
         if strategy == "given" and self.teacher is not None:
-            raise _contradiction(
+            raise contradiction(
                 ("targets.teacher", "targets.strategy"),
                 "targets.teacher is given, but targets.strategy is 'given', in which no LLM is asked; leave one out",
             )
@@ -378,8 +378,127 @@ class TargetsSection(Section):
         return Sampling(self.max_new_tokens, self.drawn_temperature, self.top_p, seed)
 
 
+def _share(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise PydanticCustomError(
+            "share", "a share of the audio Examples, over 0 and at most 1 (0.05 is 5 %)"
+        )
+    return float(value)
+
+
+Ratio = Annotated[float, BeforeValidator(_share)]
+Column = Literal["messages", "system", "user", "assistant"]
+
+
+class _TextRows(Section):
+    """Rows of text that are there already: a file of ours, a hub dataset, or what the package brings."""
+
+    rows: Text | None = Field(
+        default=None, description="JSONL file of rows, relative to the recipe file; null = the package's own"
+    )
+    dataset: Text | None = Field(
+        default=None, description="hub dataset (OWNER/NAME) or a folder in its form, read as a stream"
+    )
+    subset: Text | None = Field(default=None, description="which configuration of the dataset")
+    split: Text = Field(default="train", description="which split of the dataset")
+    columns: dict[Column, Text] = Field(
+        default_factory=dict,
+        description="what a row's columns hold: {messages: COLUMN}, or {user: COLUMN, assistant: COLUMN}; "
+        "{} = as they are called",
+    )
+    repeat: bool = Field(
+        default=False, description="go through the rows again where there are too few, instead of refusing"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> _TextRows:
+        if self.rows is not None and self.dataset is not None:
+            raise contradiction(
+                ("mixture.sources",),
+                "rows and dataset are both given for one source of the mixture; keep one",
+            )
+        if self.columns and "messages" not in self.columns and not {"user", "assistant"} <= set(self.columns):
+            raise contradiction(
+                ("mixture.sources",),
+                "columns of a source of the mixture must name messages, or both user and assistant",
+            )
+        return self
+
+
+class Replay(_TextRows):
+    """Experience replay (LAMOL's --real_sample, 2505.17496): real text rows."""
+
+    type: Literal["replay"] = Field(description="real text rows")
+    ratio: Ratio = Field(default=0.05, description="share, relative to the audio Examples")
+
+
+class Safety(_TextRows):
+    """Safety replay (2309.07875): refusals, and look-alikes that are answered, so that not everything is refused."""
+
+    type: Literal["safety"] = Field(description="harmful requests refused, harmless look-alikes answered")
+    ratio: Ratio = Field(default=0.03, description="share, relative to the audio Examples")
+    look_alikes: Share = Field(default=0.5, description="share of harmless look-alikes among these rows")
+
+
+class _WrittenRows(Section):
+    """Rows that the base LLM writes before training."""
+
+    ratio: Ratio = Field(default=0.05, description="share, relative to the audio Examples")
+    temperature: float = Field(default=1.0, gt=0, description="sampling temperature of the user's turn")
+    max_new_tokens: Positive = Field(default=96, description="longest turn of the user, tokens")
+    max_answer_tokens: Positive = Field(default=160, description="longest answer, tokens")
+    batch_tokens: Positive = Field(default=16384, description="tokens generated side by side")
+
+
+class PseudoReplay(_WrittenRows):
+    """LAMOL's pseudo replay (1909.03329): whole conversations sampled from the beginning-of-sequence token."""
+
+    type: Literal["pseudo_replay"] = Field(
+        description="conversations sampled by the LLM before it is trained"
+    )
+    top_k: NotNegative = Field(default=20, description="sample among the k likeliest tokens; 0 = all")
+    starts: list[Text] = Field(
+        default_factory=list,
+        description="texts that a user's turn begins with, as many rows from each (LAMOL's task tokens); "
+        "[] = from the beginning-of-sequence token",
+    )
+
+
+class Magpie(_WrittenRows):
+    """Magpie (2406.08464): the user's turn sampled after the chat template's opening, then answered greedily."""
+
+    type: Literal["magpie"] = Field(description="a user's turn sampled from the chat template, then answered")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus of the sampling")
+
+
+class SelfSynthesized(_WrittenRows):
+    """Self-synthesized rehearsal (2403.01244): requests written after two demonstrations, then answered."""
+
+    type: Literal["self_synthesized"] = Field(description="requests written after two demonstrations")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus of the sampling")
+    demonstrations: Text | None = Field(
+        default=None,
+        description="JSONL file of rows to show, relative to the recipe file; null = the package's",
+    )
+    clusters: Positive = Field(
+        default=20, description="groups of alike requests, from which rows are taken in turn"
+    )
+    oversample: float = Field(
+        default=2.0,
+        ge=1,
+        description="rows written for each row kept: those nearest to a group's middle stay",
+    )
+
+
 class MixtureSection(Section):
-    """What is mixed in against forgetting: nothing yet (audio only)."""
+    """What is mixed in against forgetting; nothing (audio only) unless `sources` names it."""
+
+    sources: list[
+        Annotated[Replay | Safety | PseudoReplay | Magpie | SelfSynthesized, Field(discriminator="type")]
+    ] = Field(default_factory=list, description="rows mixed in: a list of {type: ..., ratio: ...}")
+    count: Literal["rows", "tokens"] = Field(
+        default="rows", description="what a ratio counts: Examples, or the tokens that are learned"
+    )
 
 
 class JsonProbeSection(Section):
@@ -525,6 +644,18 @@ class Recipe(Section):
                 "model.use_transcript is true, but describe.use has no 'transcript'; add it or set model.use_transcript to false",
             )
         self._targets_consistent(attributes)
+        if self.mixture.sources and self.trainable.lora is None and not self.trainable.llm:
+            raise contradiction(
+                ("mixture.sources", "trainable.lora"),
+                "mixture.sources mixes rows without sound in, but trainable.lora is null: the LLM is frozen, so nothing "
+                "that is trained sees these rows (and nothing is forgotten); set mixture to {} or give trainable.lora",
+            )
+        if self.mixture.sources and self.trainable.lora is not None and self.model.gate_adapters:
+            raise contradiction(
+                ("mixture.sources", "model.gate_adapters"),
+                "mixture.sources mixes rows without sound in, but model.gate_adapters is true: the adapters act only where "
+                "there is sound, so these rows teach nothing; set model.gate_adapters to false or mixture to {}",
+            )
         if not self.eval.json_probe.attributes:
             self.eval.json_probe.attributes = list(self.eval.attributes)
         check_learning(self)
@@ -533,18 +664,18 @@ class Recipe(Section):
     def _targets_consistent(self, attributes: list[str]) -> None:
         strategy, teacher = self.targets.strategy, self.targets.teacher
         if strategy in OF_LABELS and "labels" not in self.describe.use:
-            raise _contradiction(
+            raise contradiction(
                 ("targets.strategy", "describe.use"),
                 f"targets.strategy is {strategy!r}, which starts from people's labels, but describe.use has no 'labels'; "
                 "add it or take the strategy self",
             )
         if strategy == "continuation" and "transcript" not in (*self.describe.use, *attributes):
-            raise _contradiction(
+            raise contradiction(
                 ("targets.strategy", "describe.use"),
                 "targets.strategy is 'continuation', which goes on with what is said, but describe.use has no 'transcript'; add it",
             )
         if strategy == "teacher" and teacher is not None and teacher.model == self.model.llm:
-            raise _contradiction(
+            raise contradiction(
                 ("targets.teacher.model", "model.llm"),
                 f"targets.teacher.model and model.llm are both {self.model.llm!r}, so the base LLM would be its own teacher; "
                 "name another LLM, or take the strategy self",
@@ -559,6 +690,11 @@ class Recipe(Section):
         path = Path(reference).expanduser()
         return path if path.is_absolute() else self._path.parent / path
 
+    def mixture_paths(self, source: dict[str, Any]) -> dict[str, Path]:
+        """Files and folders that one source of the mixture names, by key; a hub dataset's name is none."""
+        named = {key: self.resolve_path(source[key]) for key in MIXTURE_PATH_KEYS if source.get(key)}
+        return {key: path for key, path in named.items() if key != "dataset" or path.is_dir()}
+
     def to_yaml(self, command: str | None = None) -> str:
         """The whole recipe, defaults included and paths made absolute, so that it means the same anywhere."""
         values = self.model_dump(mode="json")
@@ -572,6 +708,8 @@ class Recipe(Section):
         if probe["attributes"] == values["eval"]["attributes"]:
             probe["attributes"] = []  # which says the same, and of every phase its own
         values["phases"] = [self._phase_values(phase) for phase in self.phases]
+        for item in values["mixture"]["sources"]:
+            item.update({key: str(path.resolve()) for key, path in self.mixture_paths(item).items()})
         head = f"# {command}\n" if command else ""
         return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
@@ -589,6 +727,7 @@ class Recipe(Section):
 
 # Keys that hold paths: relative to the recipe in the file, to where you stand in `--set` (where that exists).
 PATH_KEYS = (("data", "manifests"), ("targets", "prompts"), ("eval", "prompts"))
+MIXTURE_PATH_KEYS = ("rows", "demonstrations", "dataset")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -601,6 +740,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             part = data.get(section)
             if isinstance(part, dict) and key in part:
                 part[key] = _from_here(part[key], path)
+    if any(given[:1] == ("mixture",) for given, _ in source.overrides):
+        part = data.get("mixture")
+        for item in (part.get("sources") if isinstance(part, dict) else None) or []:
+            if isinstance(item, dict):
+                for key in MIXTURE_PATH_KEYS:
+                    # What is no folder here is the name of a hub dataset.
+                    if key in item and (key != "dataset" or Path(str(item[key])).expanduser().is_dir()):
+                        item[key] = _from_here(item[key], path)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

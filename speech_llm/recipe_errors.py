@@ -20,7 +20,6 @@ from speech_llm.recipe_file import Key, Source
 
 # Known from the design but not built yet, so that asking for one is told apart from a slip of the pen.
 PLANNED: dict[str, tuple[str, ...]] = {
-    "mixture": ("replay", "safety", "pseudo_replay", "magpie", "ratio"),
     "trainable": ("encoder",),
 }
 
@@ -37,6 +36,7 @@ _EXPECTED = {
     "dict_type": "keys and values, as in {a: b}",
     "model_type": "a section with keys of its own",
     "model_attributes_type": "a section with keys of its own",
+    "union_tag_not_found": "a section that says its type, as in {type: ...}",
     "plain": "a text, a number, true or false (or a list of them)",
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-'",
 }
@@ -124,7 +124,7 @@ def _key(item: ErrorDetails, root: type[BaseModel], source: Source) -> Key:
     out: list[str | int] = []
     options: list[type[BaseModel]] = [root]
     for part in item["loc"]:
-        if len(options) > 1:
+        if len(options) > 1 and not isinstance(part, int):
             options = [option for option in options if _type_of(option) == part]
             continue
         out.append(part)
@@ -139,6 +139,8 @@ def _section_at(location: Sequence[str | int], root: type[BaseModel]) -> type[Ba
     """The section that stands at a location, None where there is a value or a free dictionary."""
     options: list[type[BaseModel]] = [root]
     for part in location:
+        if isinstance(part, int):  # an item of a list of sections
+            continue
         if len(options) > 1:
             options = [option for option in options if _type_of(option) == part]
             continue

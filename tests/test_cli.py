@@ -20,7 +20,19 @@ from speech_llm.errors import UserError
 from speech_llm.files import write_json, write_jsonl
 from speech_llm.summary import results_table, scores_table
 
-VERBS = ("run", "describe", "targets", "cache", "train", "eval", "score", "report", "chat", "doctor")
+VERBS = (
+    "run",
+    "describe",
+    "targets",
+    "mixture",
+    "cache",
+    "train",
+    "eval",
+    "score",
+    "report",
+    "chat",
+    "doctor",
+)
 TEXT = """\
 name: small
 data: {synthesize: {train_clips: 8, test_clips: 4}}
@@ -56,7 +68,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 write_json(run_dir / output, RESULTS)
             return {"clips": 3}
 
-        return pipeline.Stage(name, 1, lambda r: {"seed": r.seed}, lambda r, run: [], run, outputs)
+        real = next(stage for stage in pipeline.STAGES if stage.name == name)
+        return pipeline.Stage(name, 1, lambda r: {"seed": r.seed}, lambda r, run: [], run, outputs, real.when)
 
     outside = {"eval": ("results.json",), "report": ("report.html",)}
     made = tuple(stand_in(name, outside.get(name, ())) for name in pipeline.STAGE_NAMES)
@@ -160,13 +173,13 @@ def test_run_prints_the_results_and_where_the_report_is(
 ) -> None:
     assert _exit_code(["run", "small.yaml", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert stages == list(pipeline.STAGE_NAMES)
+    assert stages == [name for name in pipeline.STAGE_NAMES if name != "mixture"]
     assert "[1/6] corpus: done in" in said
     assert "report: runs/small/report.html" in said
     rows = [line.split() for line in said.splitlines()]
     assert ["gender", "seen", "40", "50.0", "55.0", "50.0", "80.0", "90.0", "80.0", "to", "95.0"] in rows
     assert _exit_code(["run", "small.yaml", "--quiet"]) == 0
-    assert stages == list(pipeline.STAGE_NAMES)
+    assert stages == [name for name in pipeline.STAGE_NAMES if name != "mixture"]
     assert capsys.readouterr().out.count("already done") == 6
 
 
@@ -176,6 +189,19 @@ def test_single_stage_verbs_run_what_comes_before_them(here: Path, stages: list[
     assert _exit_code(["train", "small.yaml", "--out", "here"]) == 0
     assert stages == ["corpus", "describe", "targets", "train"]
     assert (here / "here" / "train" / "manifest.json").exists()
+
+
+def test_mixture_is_a_stage_of_a_recipe_that_mixes(
+    here: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = ["--set", "trainable.lora.rank=2", "--set", "model.gate_adapters=false", "--set", "mixture.sources=[{type: replay}]"]  # fmt: skip
+    assert _exit_code(["mixture", "small.yaml", "--out", "here", *mixed]) == 0
+    assert stages == ["corpus", "describe", "targets", "mixture"]
+    assert "mixed in: here/mixture/examples.jsonl" in capsys.readouterr().out
+    assert _exit_code(["mixture", "small.yaml", "--out", "there"]) == 2
+    assert (
+        "a run of this recipe has no stage mixture, because its mixture is empty" in capsys.readouterr().err
+    )
 
 
 def test_interrupt_says_how_to_go_on(

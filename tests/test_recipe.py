@@ -166,7 +166,9 @@ def test_strategies_that_fit_together_are_accepted(recipe_file: Path) -> None:
 
 
 def test_values_that_are_not_implemented_list_those_that_are(recipe_file: Path) -> None:
-    assert "mixture.replay is not implemented yet" in error(recipe_file, "mixture.replay=0.05")
+    assert "unknown key 'replay' in mixture. Known: sources, count." in error(
+        recipe_file, "mixture.replay=0.05"
+    )
     assert "trainable.encoder is not implemented yet" in error(recipe_file, "trainable.encoder=true")
 
 

@@ -1,4 +1,4 @@
-"""The verbs that run the stages of a recipe: run, targets, cache, train."""
+"""The verbs that run the stages of a recipe: run, targets, mixture, cache, train."""
 
 from __future__ import annotations
 
@@ -68,6 +68,18 @@ def targets(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet 
     """Up to the answers to learn: corpus, describe, targets."""
     run_dir = _run_stages(recipe, out, set_, quiet, "targets")
     typer.echo(f"answers: {run_dir / 'targets' / 'examples.jsonl'}")
+
+
+@app.command(
+    epilog="""\b
+Example:
+  speech-llm mixture recipes/quickstart.yaml --out runs/mixed --set trainable.lora.rank=8 --set model.gate_adapters=false --set "mixture.sources=[{type: replay}]"
+Then read runs/mixed/mixture/examples.jsonl.""",
+)
+def mixture(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
+    """Up to the text rows that are mixed in: corpus, describe, targets, mixture."""
+    run_dir = _run_stages(recipe, out, set_, quiet, "mixture")
+    typer.echo(f"mixed in: {run_dir / 'mixture' / 'examples.jsonl'}")
 
 
 @app.command(

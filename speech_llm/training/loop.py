@@ -55,12 +55,14 @@ def train(
     probe: Probe | None = None,
     progress: bool = True,
     start_from: Path | None = None,
+    extra_examples: Path | None = None,
 ) -> dict[str, Any]:
     """Train by a recipe; resumes from the newest checkpoint under `out_dir`; writes the model to `model_dir`.
 
     `described`: the described training clips, for the connector's warm-up. `probe(model, processor, epoch)` is called
-    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. `start_from`: a
-    trained model whose weights this training goes on from. Returns the counts of the stage.
+    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. `extra_examples`: rows
+    mixed in after those of `examples`. `start_from`: a trained model whose weights this training goes on from. Returns the
+    counts of the stage.
     """
     from accelerate import Accelerator
 
@@ -85,7 +87,7 @@ def train(
             )
     origin = Origin(model)
     rejects: list[dict[str, Any]] = []
-    rows = list(read_examples(examples, rejects))
+    rows = [row for path in (examples, extra_examples) if path for row in read_examples(path, rejects)]
     llm_frozen = not any(p.requires_grad for p in model.llm.parameters())
     data = build_training_set(
         rows,

@@ -71,7 +71,7 @@ def warm_up(
             tuned = learn_soft_words(
                 soft,
                 model,
-                packs,
+                [pack for pack in packs if pack.clips],
                 {clip["audio"]: clip["attributes"] for clip in clips},
                 lambda batch, vectors: cross_entropy_sum(*student.answer_logits(batch, vectors)),
                 prefix_length=student.prefix_length,
