@@ -160,7 +160,8 @@ def train(
         run_probe(0)
         warmed = recipe.trainable.connector and settings.align_epochs and fixed_vectors(model)
         if described is not None and warmed and start_from is None:
-            state["align"] = warm_up(recipe, data.packs, student, described, out_dir, log.write, show)
+            heard = [pack for pack in data.packs if pack.clips]
+            state["align"] = warm_up(recipe, heard, student, described, out_dir, log.write, show)
             if state["align"]["epochs"]:
                 run_probe(WARMED_UP)
     objective.begin(out_dir, resumed=found is not None)
