@@ -16,7 +16,7 @@ from speech_llm.examples import Example
 from speech_llm.files import read_jsonl
 from speech_llm.kv_cache import run_prefix
 from speech_llm.targets.score import score_answers
-from speech_llm.training.loop import feature_root, make_objective, needs_context
+from speech_llm.training.loop import feature_root, make_objective
 from speech_llm.training.objectives import TokenLoss
 from speech_llm.training.rows import TrainingSet, build_training_set, teacher_messages
 from speech_llm.training.student import Origin, Student
@@ -43,7 +43,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         features = FeatureStore(feature_root(), model, processor)
         frozen = settings.get("lora") is None
         data = build_training_set(
-            examples, processor, features, 1024, frozen, False, recipe.style, needs_context(recipe.loss)
+            examples, processor, features, 1024, frozen, False, recipe.style, recipe.loss.asks_base
         )
         student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
         origin = Origin(model)

@@ -83,7 +83,7 @@ def train(
             tqdm.write(
                 "the encoder is trained, so clips are encoded anew at every step and no features are cached"
             )
-    origin = Origin(model)
+    origin = Origin(model, keep_base=recipe.loss.asks_base)
     rejects: list[dict[str, Any]] = []
     rows = list(read_examples(examples, rejects))
     llm_frozen = not any(p.requires_grad for p in model.llm.parameters())
@@ -95,7 +95,7 @@ def train(
         llm_frozen,
         show,
         style=recipe.style,
-        needs_context=needs_context(recipe.loss),
+        needs_context=recipe.loss.asks_base,
     )
     student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
     judge = verify_answers(data) if recipe.style == "rollout" else None
@@ -265,13 +265,6 @@ def train(
         save_model(model, processor, model_dir, {"recipe": recipe.name, **counts})
     accelerator.wait_for_everyone()
     return counts
-
-
-def needs_context(loss: Any) -> bool:
-    """Whether the base LLM, told the description, scores the rows too."""
-    if loss.type in ("ce", "kl"):
-        return loss.type == "kl" or loss.mask != "none"
-    return loss.reference == "context"
 
 
 def make_objective(

@@ -84,14 +84,14 @@ def log_probs_of(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> T
 class Origin:
     """What the model was: the base LLM as it was loaded, and all that is trained as it was where training began."""
 
-    def __init__(self, model: Any) -> None:
-        """Remember the base LLM; `model` must not have been trained on yet."""
+    def __init__(self, model: Any, keep_base: bool = True) -> None:
+        """Remember the base LLM (if `keep_base`: it may take a copy); `model` must not have been trained on yet."""
         self.model = model
         # Frozen weights and switched-off adapters are the base LLM already; only what moves itself has to be kept.
         self.base_llm = {
             name: p.detach().clone()
             for name, p in model.named_parameters()
-            if p.requires_grad and part_of(name) == "llm"
+            if keep_base and p.requires_grad and part_of(name) == "llm"
         }
         self.began: dict[str, Tensor] = {}
 
