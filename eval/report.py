@@ -142,9 +142,7 @@ def _facts(folder: Path, results: dict[str, Any]) -> list[tuple[str, str]]:
             parameters.get("trained", parameters.get("trainable")) if isinstance(parameters, dict) else None
         )
         if trained:
-            facts.append(
-                ("Trained", f"{trained / 1e6:.2f} M parameters; the text LLM and the encoder stayed frozen")
-            )
+            facts.append(("Trained", f"{trained / 1e6:.2f} M parameters; {_frozen(training.get('parts'))}"))
     if training.get("steps"):
         align = training.get("align") or {}
         words = align.get("soft_words") or {}
@@ -230,6 +228,20 @@ def learning_curve(log: Sequence[dict[str, Any]]) -> str | None:
             axes.legend(frameon=False, fontsize=8)
 
     return _svg(draw)
+
+
+def _frozen(parts: dict[str, dict[str, int]] | None) -> str:
+    """Which parts were trained and which stayed as they were, in words."""
+    if not parts:  # of a run before parts were noted, when only these were ever frozen
+        return "the text LLM and the encoder stayed frozen"
+    names = {
+        "encoder_adapters": "adapters in the encoder",
+        "adapters": "adapters in the text LLM",
+        "llm": "text LLM",
+    }
+    moved = [names.get(part, part) for part, count in parts.items() if count["trained"]]
+    still = [names.get(part, part) for part, count in parts.items() if not count["trained"]]
+    return f"trained: {', '.join(moved)}" + (f"; frozen: {', '.join(still)}" if still else "")
 
 
 def json_curve(results: dict[str, Any]) -> str | None:

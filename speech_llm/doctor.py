@@ -267,7 +267,8 @@ def _estimate(
     """Memory, disk and minutes per stage, from parameter counts and the measured speed; right within a factor of 3.
 
     A pass over a token costs 2 x parameters operations forward; training through a frozen LLM costs as much again on the
-    way back (no weight gradients), so 4 x.
+    way back (no weight gradients), so 4 x; an LLM that is trained whole costs 6 x. Of such a one each weight takes 16 bytes
+    (float32: itself, its gradient, Adam's two moments), and 4 more where the base LLM is asked beside it.
     """
     by_role = {model["role"]: model for model in models}
     llm, encoder = by_role["LLM"], by_role["encoder"]
@@ -309,7 +310,9 @@ def _estimate(
         * asr.get("parameters", 0)
         * (clips["mean_s"] * FRAMES_PER_S / 4 + 20),
         "targets": rows * NEW_ANSWERS * min(recipe.targets.attempts, 1.5) * answer_cost,
-        "train": (recipe.optimizer.soft_word_epochs * rows * row_tokens + on_sound) * 4 * llm["parameters"]
+        "train": (recipe.optimizer.soft_word_epochs * rows * row_tokens + on_sound)
+        * (6 if recipe.trainable.llm else 4)
+        * llm["parameters"]
         + recipe.optimizer.align_epochs * count["train"] * ALIGN_OPERATIONS
         + all_clips * 2 * encoder_parameters * clips["mean_s"] * FRAMES_PER_S
         + (recipe.optimizer.epochs + 2) * recipe.eval.json_probe.limit * answer_cost,
@@ -318,7 +321,8 @@ def _estimate(
     width = llm.get("width", 2048)
     activations = recipe.optimizer.batch_tokens * width * llm.get("layers", 24) * 20 * weight_bytes
     logits = recipe.optimizer.batch_tokens / 2 * llm.get("vocabulary", 50_000) * 4 * 3
-    weights = (llm["parameters"] + encoder["parameters"]) * weight_bytes
+    llm_bytes = (20 if recipe.loss.asks_base else 16) if recipe.trainable.llm else weight_bytes
+    weights = llm["parameters"] * llm_bytes + encoder["parameters"] * weight_bytes
     taps = len(recipe.model.taps or range(encoder.get("layers", 24)))
     features = all_clips * clips["mean_s"] * FRAMES_PER_S * taps * encoder.get("width", 1024) * 2
     downloads = (

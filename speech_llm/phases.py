@@ -35,7 +35,7 @@ def run_phases(recipe: Recipe, run_dir: Path, until: str, run: RunStages, progre
     """
     phases = recipe.phase_recipes
     folders = [phase_dir(run_dir, number, phase) for number, phase in enumerate(phases)]
-    stage = until if until in ("corpus", "describe", "targets") else "train"
+    stage = "train" if until in ("eval", "report") else until
     for number, (phase, folder) in enumerate(zip(phases, folders, strict=True)):
         _reuse(phases, folders, number)
         if number:

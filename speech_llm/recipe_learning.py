@@ -32,6 +32,11 @@ class _OfTokens(Section):
     share: Share = Field(default=0.2, description="for mask share: share of all answer tokens left out")
     l2_start: Weight = Field(default=0.0, description=L2_START)
 
+    @property
+    def asks_base(self) -> bool:
+        """Whether the base LLM, told the description, scores the answers."""
+        return self.mask != "none"
+
 
 class CrossEntropy(_OfTokens):
     """Each token of the answer is made likely."""
@@ -52,6 +57,11 @@ class Divergence(_OfTokens):
     kl: Weight = Field(default=1.0, description="weight of the divergence")
     ce: Weight = Field(default=0.0, description="weight of the cross-entropy beside it")
 
+    @property
+    def asks_base(self) -> bool:
+        """Always: it is the teacher."""
+        return True
+
 
 class Preference(Section):
     """The right answer is made likelier than the wrong one, relative to a reference (DPO)."""
@@ -63,6 +73,11 @@ class Preference(Section):
         default=0.0, description="weight of the right answer's cross-entropy, mean over its tokens"
     )
     l2_start: Weight = Field(default=0.0, description=L2_START)
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether the base LLM, told the description, scores the answers."""
+        return self.reference == "context"
 
 
 class PolicyGradient(Section):
@@ -80,6 +95,11 @@ class PolicyGradient(Section):
     beta: Weight = Field(default=0.04, description="weight of the divergence from the reference")
     reference: Literal["start", "context"] = Field(default="start", description=REFERENCE)
     l2_start: Weight = Field(default=0.0, description=L2_START)
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether the base LLM, told the description, scores the answers."""
+        return self.reference == "context"
 
 
 LossSection = CrossEntropy | Divergence | Preference | PolicyGradient

@@ -26,7 +26,7 @@ GRPO = "loss={type: grpo, answers: 4, max_new_tokens: 6}"
 STYLES = {
     "kl": ["loss={type: kl, top_k: 20, ce: 0.5}"],
     "stm": ["loss={mask: share, share: 0.3, l2_start: 0.01}", LORA],
-    "pretrain": ["style=pretrain", LORA],
+    "pretrain": ["style=pretrain", LORA, "optimizer.epochs=4"],
     "preference": ["style=preference", "loss={type: dpo, ce: 0.1}", LORA],
     "rollout": ["style=rollout", GRPO, LORA],
     "encoder": ["trainable.encoder_lora={rank: 2, dropout: 0.1}", "optimizer.part_lr.encoder=0.002"],
@@ -95,8 +95,16 @@ def test_a_run_killed_between_steps_ends_as_an_uninterrupted_one(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+# The tiny LLM's output layer is nearly flat, so that adapters alone could not say anything clearly.
+WHOLE = ["trainable.llm=true", "model.gate_adapters=false", "optimizer.lr=0.02"]
+
+
 def test_the_margin_of_a_preference_grows(setting: Any, tmp_path: Path) -> None:
-    recipe = setting("style=preference", "loss={type: dpo, beta: 0.5}", LORA, "optimizer.epochs=8")
+    recipe = setting("style=preference", "loss={type: dpo, beta: 0.5}", "optimizer.epochs=6", *WHOLE)
+    examples = tiny_examples(tmp_path / "clips")
+    for example in examples:
+        example.rejected = "Nobody."
+    write_examples(tmp_path / "examples.jsonl", examples)
     counts = run(recipe, tmp_path / "run")
     rows = steps(tmp_path / "run")
     assert abs(rows[0]["margin"]) < 0.05
@@ -109,26 +117,26 @@ def test_the_margin_of_a_preference_grows(setting: Any, tmp_path: Path) -> None:
 def test_rewarded_answers_become_likelier(
     setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The toy: an answer is worth the share of its characters that are vowels."""
+    """The toy: an answer is worth the share of its characters that are letters."""
 
-    def judge_vowels(_data: TrainingSet) -> Any:
+    def judge_letters(_data: TrainingSet) -> Any:
         def judge(_name: str, answer: str, _ended: bool) -> tuple[float, float]:
-            return sum(c in "aeiou" for c in answer.lower()) / max(1, len(answer)), 0.0
+            return sum(c.isascii() and c.isalpha() for c in answer) / max(1, len(answer)), 0.0
 
         return judge
 
-    monkeypatch.setattr(loop, "verify_answers", judge_vowels)
+    monkeypatch.setattr(loop, "verify_answers", judge_letters)
     recipe = setting(
-        "style=rollout", "loss={type: grpo, answers: 16, max_new_tokens: 4, beta: 0.0}",
-        "trainable.lora={rank: 8}", "optimizer.epochs=16", "optimizer.lr=0.02", "optimizer.batch_tokens=4096",
+        "style=rollout", "loss={type: grpo, answers: 8, max_new_tokens: 3, beta: 0.01}",
+        "optimizer.epochs=12", "optimizer.batch_tokens=4096", *WHOLE,
     )  # fmt: skip
     run(recipe, tmp_path / "run")
-    rewards = [row["reward"] for row in steps(tmp_path / "run")]
-    assert rewards[0] < 0.2
+    rows = steps(tmp_path / "run")
+    rewards = [row["reward"] for row in rows]
+    assert rewards[0] < 0.4
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.3
-    row = steps(tmp_path / "run")[-1]
-    assert row["kl"] > 0
-    assert {"right", "form", "answer_length", "cut_short"} <= set(row)
+    assert rows[0]["kl"] < 1e-5 < rows[-1]["kl"]
+    assert {"right", "form", "answer_length", "cut_short"} <= set(rows[-1])
 
 
 def text_logits(model: Any) -> torch.Tensor:
@@ -216,7 +224,9 @@ def test_l2_start_holds_the_parameters_where_they_began(setting: Any, tmp_path: 
             folder,
         )
         start = dict(tiny_model()[0].named_parameters())
-        moved[strength] = sum(float((w - start[name]).pow(2).sum()) for name, w in weights(folder).items())
+        moved[strength] = sum(
+            float((w - start[name].detach()).pow(2).sum()) for name, w in weights(folder).items()
+        )
     assert moved[100.0] < 0.5 * moved[0.0]
     assert steps(tmp_path / "l2-100.0")[0]["l2_start"] == 0
 
@@ -238,3 +248,7 @@ def test_text_rows_beside_sound_train_without_a_gradient_of_their_own(setting: A
     counts = run(recipe, tmp_path / "run")
     assert counts["rows"] == 18
     assert counts["steps"] == 6
+    assert counts["teach_nothing"] == 6
+    write_examples(tmp_path / "examples.jsonl", replay)
+    with pytest.raises(UserError, match=r"no row has sound.*model\.gate_adapters is true"):
+        run(recipe, tmp_path / "other")

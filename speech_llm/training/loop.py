@@ -33,7 +33,7 @@ from speech_llm.training.log import TrainingLog
 from speech_llm.training.losses import all_finite, l2_start
 from speech_llm.training.objectives import Objective, PairLoss, TokenLoss
 from speech_llm.training.optimizer import make_optimizer, set_learning_rates
-from speech_llm.training.rollout import RolloutLoss, verify_answers
+from speech_llm.training.rollout import Judge, RolloutLoss, verify_answers
 from speech_llm.training.rows import NO_CONTEXT, TrainingSet, build_training_set
 from speech_llm.training.student import Origin, Student
 from speech_llm.training.warm_up import fixed_vectors, warm_up
@@ -85,7 +85,7 @@ def train(
             tqdm.write(
                 "the encoder is trained, so clips are encoded anew at every step and no features are cached"
             )
-    origin = Origin(model)
+    origin = Origin(model, keep_base=recipe.loss.asks_base)
     rejects: list[dict[str, Any]] = []
     rows = [row for path in (examples, extra_examples) if path for row in read_examples(path, rejects)]
     llm_frozen = not any(p.requires_grad for p in model.llm.parameters())
@@ -97,15 +97,27 @@ def train(
         llm_frozen,
         show,
         style=recipe.style,
-        needs_context=needs_context(recipe.loss),
+        needs_context=recipe.loss.asks_base,
     )
     student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
-    # The base LLM is asked before anything that was trained is loaded.
-    objective = make_objective(recipe, student, data, origin, out_dir, show)
+    judge = verify_answers(data) if recipe.style == "rollout" else None
     if main:
         write_jsonl(out_dir / "rejects.jsonl", [*rejects, *data.rejects])
     if not data.packs:
         raise UserError(_nothing_to_train(recipe, examples, data, out_dir / "rejects.jsonl"))
+    mute = [name for name, row in data.rows.items() if not row.clips and model.text_path_is_base]
+    if len(mute) == len(data.rows):
+        raise UserError(
+            f"{examples}: no row has sound, and without sound nothing takes part that trainable trains "
+            f"(model.gate_adapters is {str(recipe.model.gate_adapters).lower()}); to learn plain text give trainable.lora with "
+            "model.gate_adapters false"
+        )
+    if mute and show:
+        tqdm.write(
+            f"{len(mute):,} rows have no sound: the LLM answers them as the base LLM does, so they teach nothing"
+        )
+    # The base LLM is asked before anything that was trained is loaded.
+    objective = make_objective(recipe, student, data, origin, judge, out_dir, show)
     if start_from is not None:
         _load_start(model, start_from)
 
@@ -150,7 +162,8 @@ def train(
         run_probe(0)
         warmed = recipe.trainable.connector and settings.align_epochs and fixed_vectors(model)
         if described is not None and warmed and start_from is None:
-            state["align"] = warm_up(recipe, data.packs, student, described, out_dir, log.write, show)
+            heard = [pack for pack in data.packs if pack.clips]
+            state["align"] = warm_up(recipe, heard, student, described, out_dir, log.write, show)
             if state["align"]["epochs"]:
                 run_probe(WARMED_UP)
     objective.begin(out_dir, resumed=found is not None)
@@ -237,6 +250,7 @@ def train(
         "rows": len(data.rows),
         "packs": len(data.packs),
         "rejected": len(rejects) + len(data.rejects),
+        "teach_nothing": len(mute),
         "steps": len(steps),
         "epochs": settings.epochs,
         "parameters": model.count_parameters(),
@@ -255,19 +269,17 @@ def train(
     return counts
 
 
-def needs_context(loss: Any) -> bool:
-    """Whether the base LLM, told the description, scores the rows too."""
-    if loss.type in ("ce", "kl"):
-        return loss.type == "kl" or loss.mask != "none"
-    return loss.reference == "context"
-
-
 def make_objective(
-    recipe: Recipe, student: Student, data: TrainingSet, origin: Origin, out_dir: Path, progress: bool
+    recipe: Recipe,
+    student: Student,
+    data: TrainingSet,
+    origin: Origin,
+    judge: Judge | None,
+    out_dir: Path,
+    progress: bool,
 ) -> Objective:
-    """What the recipe's style and loss minimise."""
-    if recipe.style == "rollout":
-        judge = verify_answers(data)
+    """What the recipe's style and loss minimise; `judge` rewards the answers of rollouts."""
+    if judge is not None:
         return RolloutLoss(recipe.loss, student, data, origin, judge)
     if recipe.style == "preference":
         return PairLoss(recipe.loss, student, data, origin, out_dir, progress)

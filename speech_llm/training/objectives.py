@@ -33,7 +33,7 @@ from speech_llm.training.losses import (
     without_hardest,
 )
 from speech_llm.training.rows import TrainingSet, answer_ids
-from speech_llm.training.student import Origin, Student
+from speech_llm.training.student import Origin, Student, check_kept
 
 
 @dataclass
@@ -211,7 +211,9 @@ class PairLoss:
             return
         path = folder / "reference.safetensors"
         names = list(self.data.rows)
-        if not (resumed and path.exists()):
+        if resumed:
+            check_kept(path)
+        else:
             found: dict[str, float] = {}
             self.student.model.eval()
             with torch.no_grad():

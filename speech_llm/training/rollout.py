@@ -1,7 +1,8 @@
 """Learning from the model's own answers: sample a group per prompt, reward each, make the better ones likelier (GRPO).
 
 In: prompts, each with an answer that is known to be right. Out: the loss of a batch of prompts. The answers are sampled by the
-model as it is at this step, from a seed that names the step, so that a resumed run samples the same.
+model as it is at this step, from a seed that names the step, so that a resumed run samples the same; how likely they are is
+measured at the temperature that they were sampled at.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from speech_llm.data.packing import PackBatch, Row, pack_group
 from speech_llm.generation import Prompt, end_of_turn_ids, generate
-from speech_llm.targets.score import score_rows
+from speech_llm.targets.score import row_logits
 from speech_llm.targets.verify import closed_options
 from speech_llm.training.losses import group_advantages, grpo_sum
 from speech_llm.training.objectives import BatchLoss
 from speech_llm.training.rewards import make_verifier
-from speech_llm.training.rows import TrainingSet
-from speech_llm.training.student import Origin, Student
+from speech_llm.training.rows import TrainingSet, answer_ids
+from speech_llm.training.student import Origin, Student, log_probs_of
 
 # (row id, answer, whether it ended by itself) -> (right, in the right form), each from 0 to 1.
 Judge = Callable[[str, str, bool], tuple[float, float]]
@@ -90,7 +91,7 @@ class RolloutLoss:
             ]
         )
         reference = self._reference_log_probs(batch, rows, prompts)
-        log_probs = self.student.token_log_probs(batch)
+        log_probs = self.student.token_log_probs(batch, self.settings.temperature)
         device = log_probs.device
         advantages = group_advantages(torch.tensor(rewards).view(-1, size)).flatten().to(device)
         loss, divergence = grpo_sum(
@@ -163,7 +164,7 @@ class RolloutLoss:
         try:
             if self.settings.reference == "start":
                 with self.origin.start():
-                    return self.student.token_log_probs(batch)
+                    return self.student.token_log_probs(batch, self.settings.temperature)
             told = []
             for row in rows:
                 start, end = row.spans[0]
@@ -175,6 +176,8 @@ class RolloutLoss:
                     )
                 )
             with self.origin.base():
-                return torch.cat([score.log_probs for score in score_rows(self.student.model.llm, told)])
+                logits = row_logits(self.student.model.llm, told)
+            targets = torch.tensor([token for row in told for token in answer_ids(row)], device=logits.device)
+            return log_probs_of(logits, targets, self.settings.temperature)
         finally:
             self.student.model.train()

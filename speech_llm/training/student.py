@@ -18,6 +18,7 @@ from torch import Tensor
 
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.packing import IGNORE, Pack, PackBatch, collate
+from speech_llm.errors import UserError
 from speech_llm.files import atomic_write
 from speech_llm.kv_cache import Prefix, expanded
 from speech_llm.model.trainable import part_of
@@ -70,29 +71,34 @@ class Student:
         ).logits
         return logits, targets[answer_mask]
 
-    def token_log_probs(self, batch: PackBatch) -> Tensor:
-        """(n,) log-probability of each answer token of a batch."""
-        logits, targets = self.answer_logits(batch)
-        return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    def token_log_probs(self, batch: PackBatch, temperature: float = 1.0) -> Tensor:
+        """(n,) log-probability of each answer token of a batch, at a temperature."""
+        return log_probs_of(*self.answer_logits(batch), temperature)
+
+
+def log_probs_of(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """(n,) log-probability of the targets (n,) under logits (n, vocabulary) at a temperature."""
+    return (logits.float() / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 class Origin:
     """What the model was: the base LLM as it was loaded, and all that is trained as it was where training began."""
 
-    def __init__(self, model: Any) -> None:
-        """Remember the base LLM; `model` must not have been trained on yet."""
+    def __init__(self, model: Any, keep_base: bool = True) -> None:
+        """Remember the base LLM (if `keep_base`: it may take a copy); `model` must not have been trained on yet."""
         self.model = model
         # Frozen weights and switched-off adapters are the base LLM already; only what moves itself has to be kept.
         self.base_llm = {
             name: p.detach().clone()
             for name, p in model.named_parameters()
-            if p.requires_grad and part_of(name) == "llm"
+            if keep_base and p.requires_grad and part_of(name) == "llm"
         }
         self.began: dict[str, Tensor] = {}
 
     def remember_start(self, path: Path, resumed: bool) -> None:
-        """Keep what is trained as it is now, in `path` too; a resumed run reads it from there."""
-        if resumed and path.exists():
+        """Keep what is trained as it is now, in `path` too; a resumed run reads it from there (`UserError` if it is gone)."""
+        if resumed:
+            check_kept(path)
             self.began = safetensors.torch.load_file(path)
         else:
             self.began = {
@@ -114,6 +120,14 @@ class Origin:
         """Within it the model is what it was where training began."""
         with _exchanged(self.model, self.began):
             yield
+
+
+def check_kept(path: Path) -> None:
+    """Raise `UserError` when a file that a run kept for its resumption is not there."""
+    if not path.exists():
+        raise UserError(
+            f"{path}: there is no such file, so this training cannot go on as it began; remove {path.parent} to start it over"
+        )
 
 
 @contextlib.contextmanager
