@@ -159,8 +159,9 @@ def _teachers(recipe: Recipe, load: Callable[[str], Any]) -> dict[str, Teacher]:
         return {"llm": named}
     if named.name == reference:
         return {"llm": named, "editor": named}
+    llm, tokenizer = load(reference)
     own = TransformersTeacher(
-        *load(reference), reference, settings.sampling(recipe.seed), settings.batch_tokens
+        llm, tokenizer, reference, settings.sampling(recipe.seed), settings.batch_tokens
     )
     return {"llm": own, "editor": named}
 
