@@ -324,7 +324,7 @@ class TargetsSection(Section):
         default=None, description="who answers (for minimum_change: who edits); null = the base LLM, here"
     )
     perplexity_rows: NotNegative = Field(
-        default=100, description="targets whose perplexity under the base LLM is measured; 0 = none"
+        default=50, description="targets whose perplexity under the base LLM is measured; 0 = none"
     )
 
     @model_validator(mode="after")

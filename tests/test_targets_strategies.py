@@ -229,6 +229,8 @@ def test_a_paraphrase_that_loses_the_answer_is_replaced_by_the_persons(tmp_path:
 
 def test_the_worked_example_of_a_rewrite_says_the_same_in_other_words(tmp_path: Path) -> None:
     clips = some_clips(6)
+    for clip in clips:
+        clip["attributes"]["accent"] = f"accent {clip['id']}"  # so that no two look alike
     desk = desk_of(clips)
     teacher = Script(lambda question: "I hear a woman.")
     run(human_rows(clips), lambda row: rewrite(row, desk, POOL, "template"), teacher, tmp_path)
@@ -451,7 +453,7 @@ def test_the_whole_stage_writes_examples_with_their_source_and_says_how_it_went(
     write_jsonl(tmp_path / "describe" / "train.jsonl", clips)
     write_jsonl(tmp_path / "corpus" / "train.jsonl", [{"id": "c0", "question": "Who?", "answer": "Anna"}])
     (tmp_path / "pool.yaml").write_text(
-        "prompts: [{id: gender, text: Man or woman?, asks: [gender], example: 'The speaker is {gender}.'}]\n"
+        "prompts: [{id: gender, text: 'Man or woman?', asks: [gender], example: 'The speaker is {gender}.'}]\n"
     )
     settings = {"max_new_tokens": 5, "samples": 3}
     recipe = recipe_with(tmp_path, strategy="self_output", **settings)
@@ -496,7 +498,7 @@ def test_the_editor_of_minimum_change_is_another_llm_and_says_so(
     monkeypatch.setattr("speech_llm.assets.load_answering_llm", load)
     write_jsonl(tmp_path / "describe" / "train.jsonl", some_clips(2))
     (tmp_path / "pool.yaml").write_text(
-        "prompts: [{id: gender, text: Who?, asks: [gender], example: '{gender}'}]\n"
+        "prompts: [{id: gender, text: 'Who?', asks: [gender], example: '{gender}'}]\n"
     )
     recipe = recipe_with(
         tmp_path, strategy="minimum_change", max_new_tokens=4, **{"teacher.model": "big/one"}
@@ -517,9 +519,11 @@ def test_clips_without_a_persons_answer_are_a_sentence(tmp_path: Path, strategy:
         clip["how"]["gender"] = "by ear"
     write_jsonl(tmp_path / "describe" / "train.jsonl", clips)
     (tmp_path / "pool.yaml").write_text(
-        "prompts: [{id: gender, text: Who?, asks: [gender], example: '{gender}'}]\n"
+        "prompts: [{id: gender, text: 'Who?', asks: [gender], example: '{gender}'}]\n"
     )
-    with pytest.raises(UserError, match=rf"no clip of .* targets.strategy is '{strategy}'"):
+    with pytest.raises(
+        UserError, match=rf"no clip of .* has labels of people .*targets.strategy is '{strategy}'"
+    ):
         write_targets(
             recipe_with(tmp_path, strategy=strategy), tmp_path / "describe" / "train.jsonl", tmp_path / "out"
         )

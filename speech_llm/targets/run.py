@@ -71,10 +71,16 @@ def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool
     manifest = described.parent.parent / "corpus" / described.name
     rows = choose_rows(recipe, clips, pool, manifest if manifest.exists() else None)
     if not rows:
+        labels = settings.strategy in OF_LABELS
         raise UserError(
-            f"{settings.prompts}: no clip of {described} has the attributes that its prompts ask for "
-            f"(targets.strategy is {settings.strategy!r}); "
-            f"the clips have: {', '.join(sorted({name for clip in clips for name in clip['attributes']}))}"
+            f"{settings.prompts}: no clip of {described} has {'labels of people for' if labels else 'the attributes'} "
+            f"{'what' if labels else 'that'} its prompts ask for"
+            + (
+                f" (targets.strategy is {settings.strategy!r}, and what a describer found does not count)"
+                if labels
+                else ""
+            )
+            + f"; the clips have: {', '.join(sorted({name for clip in clips for name in clip['attributes']}))}"
         )
     load = functools.lru_cache(maxsize=2)(
         lambda reference: load_answering_llm(reference, recipe.optimizer.precision)
@@ -155,8 +161,9 @@ def _teachers(recipe: Recipe, load: Callable[[str], Any]) -> dict[str, Teacher]:
         return {"llm": named}
     if named.name == reference:
         return {"llm": named, "editor": named}
+    llm, tokenizer = load(reference)
     own = TransformersTeacher(
-        *load(reference), reference, settings.sampling(recipe.seed), settings.batch_tokens
+        llm, tokenizer, reference, settings.sampling(recipe.seed), settings.batch_tokens
     )
     return {"llm": own, "editor": named}
 

@@ -111,7 +111,8 @@ def open_teacher(
     backend = chosen.backend if chosen is not None else "transformers"
     name = (chosen.model if chosen is not None else None) or llm_reference
     if backend == "transformers" or chosen is None:
-        return TransformersTeacher(*load(name), name, sampling, settings.batch_tokens)
+        llm, tokenizer = load(name)
+        return TransformersTeacher(llm, tokenizer, name, sampling, settings.batch_tokens)
     if backend == "vllm":
         from speech_llm.targets.teacher_vllm import VllmTeacher
 
