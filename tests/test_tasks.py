@@ -73,7 +73,7 @@ def test_each_task_has_every_answer_often_and_tells_the_possible_ones(task: obje
     assert sum(found.values()) >= 100
     if len(options) == 1:  # a closed task
         assert set(found) == set(next(iter(options)))
-        assert min(found.values()) >= 0.06 * sum(found.values()), found
+        assert min(found.values()) >= 0.05 * sum(found.values()), found
 
 
 def test_labels_say_how_the_clip_was_made() -> None:
@@ -131,7 +131,9 @@ def test_examples_are_dealt_evenly_and_the_same_for_the_same_seed() -> None:
     ]
     counts = Counter(example.source["task"] for example in examples)
     assert set(counts) == {task.name for task in TASKS}
-    assert max(counts.values()) - min(counts.values()) <= 3
+    # As often as every other, but for those that few clips can be asked.
+    assert max(counts.values()) - sorted(counts.values())[3] <= 5
+    assert min(counts.values()) >= 40
     wordings = Counter(example.source["prompt"] for example in examples)
     assert len(wordings) == sum(len(task.wordings) for task in TASKS)
     for example in examples[:50]:

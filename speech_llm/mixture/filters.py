@@ -1,8 +1,8 @@
 """Is a turn that the LLM made up worth learning from? The rules that drop the rest, each with its reason.
 
 In: a turn's text. Out: "ok" or why it is dropped. `Seen` tells turns that are (nearly) the same as an earlier one.
-The rules are the ones that samples of a small LLM need: it repeats itself, wanders into other scripts, and writes lists of
-characters that are no language. They are made for languages with spaces between words, and for Chinese and Japanese.
+The rules are the ones that samples of a small LLM need: it repeats itself, wanders into other scripts, writes lists of
+characters that are no language, and asks about recordings and pictures that are not there (this rule knows English only). They are made for languages with spaces between words, and for Chinese and Japanese.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ _SIGNS = set("\n\t\r`^|~°")
 # Left-overs of a chat template: <|im_end|>, <s>, [INST], <start_of_turn>.
 _TEMPLATE = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>", re.IGNORECASE)
 
+# A request about something that a row of text alone does not have: it would teach to answer about sound that is not there.
+_ABSENT = re.compile(
+    r"\b(the|this|that|these|those|attached|following|above)\s+(\w+\s+)?"
+    r"(audio|recordings?|sounds?|voice|images?|pictures?|photos?|photographs?|videos?|clips?|attachments?|screenshots?)\b",
+    re.IGNORECASE,
+)
+
 
 def words_of(text: str) -> list[str]:
     """Words in small letters, without punctuation; of a script without spaces (Chinese, Japanese), its characters."""
@@ -60,6 +67,8 @@ def turn_verdict(text: str, role: str) -> str:
         return "too short"
     if role == "user" and len(words) > USER_WORDS[1]:
         return "too long"
+    if role == "user" and _ABSENT.search(text):
+        return "about something that is not there"
     return _language_verdict(text, words) or _repetition_verdict(text, words) or "ok"
 
 

@@ -326,7 +326,7 @@ TASKS: tuple[AudioTask, ...] = tuple(
             "Is a weekday such as Monday mentioned in the recording?",
             "Check whether the name of a day is spoken.",
         )),
-        ("NumberDetection", "", "content", _yes(_number, ask_no=0.06), (
+        ("NumberDetection", "", "content", _yes(_number, ask_no=0.1), (
             "Does the speaker mention a number?",
             "Is a number spoken in the recording?",
             "Check the sentence for numbers.",
