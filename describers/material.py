@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from describers.features import BLOCKS, EncoderFeatures
 from describers.inputs import Entry, count_entries, read_entries
+from describers.lines import reason_kind
 from describers.perturb import at_random
-from describers.run import decode_entry, reason_kind
+from describers.run import decode_entry
 from describers.vocabulary import canonical
 from describers.voting import loud_windows
 from speech_llm.audio import SAMPLE_RATE_HZ, AudioError, audio_hash

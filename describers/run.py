@@ -239,7 +239,7 @@ def decode_entry(entry: Entry) -> Clip:
         count, sound = 0, hashlib.sha256()
         for block in stream_audio(entry.path):
             count += len(block)
-            sound.update(np.ascontiguousarray(block, "<f4"))
+            sound.update(np.ascontiguousarray(block, "<f4").tobytes())
         return Clip(entry.id, entry.path, count / SAMPLE_RATE_HZ, None, entry.row, sound.hexdigest())
     except (
         OSError,

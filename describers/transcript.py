@@ -14,6 +14,7 @@ import numpy as np
 
 from describers.records import Attribute, Clip, windows
 from describers.silence import SILENCE_DBFS, loudest_dbfs
+from describers.speech_activity import speech_activity
 from describers.whisper import WINDOW_S, Heard, Whisper
 from speech_llm.audio import SAMPLE_RATE_HZ
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from describers.run import DESCRIBERS, describe_inputs
 from describers.signal import SIGNAL_DESCRIBERS
 from describers.transcript import TranscriptDescriber
 from speech_llm.audio import SAMPLE_RATE_HZ
+from speech_llm.files import JsonlAppender
 
 
 class Peak:
@@ -176,47 +175,10 @@ def test_the_packages_describers_are_cached_by_their_code_and_models(tmp_path: P
     assert version_of(ClassifierDescriber(str(model), "event")) != before
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import describers.run as run
-import speech_llm.files as files
-import describers.cache as cache
-from tests.test_describers_cache import Peak
-
-folder, out, where, number = sys.argv[1:]
-calls = 0
-
-def count(name, torn=None):
-    global calls
-    if name == where:
-        calls += 1
-        if calls == int(number):
-            if torn is not None:
-                torn()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class Dies(Peak):
-    def describe(self, clips):
-        count("describer")
-        return super().describe(clips)
-
-append = files.JsonlAppender.append
-def dies(self, row):
-    count("line", lambda: (self._handle.write('{"id": "torn'), self._handle.flush()))
-    append(self, row)
-files.JsonlAppender.append = dies
-put = cache.Cache.put
-def dies_after(self, told):
-    put(self, told)
-    count("cache")
-cache.Cache.put = dies_after
-run.describe_inputs(folder, out, use=["duration"], describers=[Dies()], progress=False, batch_size=1, cache=Path(out).parent / "told.sqlite")
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that can be killed is made by fork")
 @pytest.mark.parametrize(
-    ("where", "number"), [("describer", 1), ("describer", 2), ("line", 1), ("line", 6), ("cache", 2)]
+    ("where", "number"),
+    [("describer", 1), ("describer", 2), ("line", 1), ("line", 6), ("cache", 1), ("cache", 2)],
 )
 def test_killed_outright_at_any_moment_the_same_command_ends_the_same(
     tmp_path: Path, where: str, number: int
@@ -225,22 +187,51 @@ def test_killed_outright_at_any_moment_the_same_command_ends_the_same(
     for clip in range(8):
         write(folder / f"{clip}.wav", 0.1 * (clip + 1))
     (folder / "bad.wav").write_bytes(b"no sound")
-    describe_inputs(
-        folder,
-        tmp_path / "whole.jsonl",
-        use=["duration"],
-        describers=[Peak()],
-        progress=False,
-        batch_size=1,
-        cache=False,
-    )
-    arguments = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed.jsonl")]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    died = subprocess.run([*arguments, where, str(number)], cwd=root, env=environment, check=False)
-    assert died.returncode == -signal.SIGKILL
-    subprocess.run([*arguments, "never", "0"], cwd=root, env=environment, check=True)
+
+    def described(name: str, cache: bool | Path = tmp_path / "told.sqlite") -> DescribeReport:
+        out = tmp_path / name
+        options = {"use": ["duration"], "progress": False, "batch_size": 1, "cache": cache}
+        return describe_inputs(folder, out, describers=[Peak()], **options)  # type: ignore[arg-type]
+
+    described("whole.jsonl", cache=False)
+    child = os.fork()
+    if child == 0:
+        dies(where, number)
+        described("killed.jsonl")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    report = described("killed.jsonl")
     for end in (".jsonl", ".rejects.jsonl"):
         assert (tmp_path / f"killed{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
-    report = json.loads((tmp_path / "killed.report.json").read_text())
-    assert (report["described"], report["rejected"]) == (8, 1)
+    assert (report.described, report.rejected) == (8, 1)
+
+
+def dies(where: str, number: int) -> None:
+    """From now on this process kills itself at the nth call of a describer, in the middle of a line, or in the cache."""
+    left = number
+
+    def one_less() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    describe, append, put = Peak.describe, JsonlAppender.append, Cache.put
+
+    def describing(self: Peak, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
+        one_less()
+        return describe(self, clips)
+
+    def appending(self: JsonlAppender, row: dict[str, Any]) -> None:
+        if left == 1:
+            self._handle.write('{"id": "torn')
+            self._handle.flush()
+        one_less()
+        append(self, row)
+
+    def putting(self: Cache, told: Mapping[str, dict[str, Attribute]]) -> None:
+        put(self, told)
+        one_less()
+
+    patched = {"describer": (Peak, "describe", describing), "line": (JsonlAppender, "append", appending)}
+    setattr(*patched.get(where, (Cache, "put", putting)))  # type: ignore[arg-type]

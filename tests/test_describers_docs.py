@@ -74,5 +74,5 @@ def test_the_conversation_of_the_document_reads_as_it_says(here: Path) -> None:
     (here / "m.jsonl").write_text(json.dumps(json.loads(row)) + "\n")
     arguments = ["describe", "m.jsonl", "--out", "o.jsonl", "--use", "labels", "--label", "segments=segments"]
     assert _exit_code([*arguments, "--form", "desta", "-q"]) == 0
-    (told,) = (text for text in snippets("") if text.startswith("[00:00"))
+    (told,) = (text for text in snippets("text") if text.startswith("[00:00"))
     assert lines(here / "o.jsonl")[0]["description"] == told.strip()
