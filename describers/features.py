@@ -1,8 +1,9 @@
 """What probes stand on: one vector a sound, from a frozen audio encoder and from simple statistics of the sound itself.
 
 Sounds in (float32 mono at 16 kHz, at most 30 s), vectors out. A vector is made of named blocks, and a probe says which it
-uses: `layers` (mean and spread of every encoder layer over the frames with sound), `thirds` (means of every layer over
-the first, second and last third: what happens in which order), `spectrum` (log-mel and cepstral statistics), `pitch`
+uses: `layers` (mean and spread of every encoder layer over the frames with sound), `first` (of the first layer only: an
+encoder that writes words down forgets the voice from layer to layer), `thirds` (means of every layer over the first,
+second and last third: what happens in which order), `spectrum` (log-mel and cepstral statistics), `pitch`
 (of the voice). Level is taken out first, so that it cannot become a shortcut, and a constant offset with it.
 
 Each sound is encoded once in a process, however many probes ask: `shared_features` gives every probe of an encoder the
@@ -23,7 +24,7 @@ from describers.pitch import VOICED, contour
 from speech_llm.audio import SAMPLE_RATE_HZ, audio_hash
 from speech_llm.model.encoding import check_encoder, encode, frames_of_samples, max_frames, reads_mel
 
-BLOCKS = ("layers", "thirds", "spectrum", "pitch")
+BLOCKS = ("first", "layers", "thirds", "spectrum", "pitch")
 # The level (RMS of the frames with sound, dB re full scale) that every sound is brought to.
 _LEVEL_DBFS = -23.0
 _FRAME = SAMPLE_RATE_HZ // 50
@@ -166,8 +167,10 @@ def _blocks(sound: np.ndarray, layers: np.ndarray) -> dict[str, np.ndarray]:
     thirds = [
         layers[start : max(end, start + 1)].mean(axis=0) for start, end in zip(starts, cuts[1:], strict=True)
     ]
+    means, spreads = kept.mean(axis=0), kept.std(axis=0)
     return {
-        "layers": np.concatenate([kept.mean(axis=0).ravel(), kept.std(axis=0).ravel()]).astype(np.float32),
+        "first": np.concatenate([means[0], spreads[0]]).astype(np.float32),
+        "layers": np.concatenate([means.ravel(), spreads.ravel()]).astype(np.float32),
         "thirds": np.stack(thirds).ravel().astype(np.float32),
         "spectrum": _spectrum(sound, active),
         "pitch": _pitch(sound, active),

@@ -30,6 +30,7 @@ FOLDS = 5
 # What is tried; of equally good ones the first. Inverse penalties are per feature: the sum of squares of a standardised
 # vector grows with its length.
 BLOCK_SETS: tuple[tuple[str, ...], ...] = (
+    ("first", "spectrum", "pitch"),
     ("layers", "spectrum", "pitch"),
     ("layers", "thirds", "spectrum", "pitch"),
 )
@@ -111,12 +112,12 @@ def fit_probe(
     total = len(BLOCK_SETS) * len(folds)
     with tqdm(total=total, unit="fold", desc="fit", disable=not progress, dynamic_ncols=True) as bar:
         for blocks in BLOCK_SETS:
-            vectors, widths = material.vectors(blocks), material.widths(blocks)
+            vectors = material.vectors(blocks)
             logits = np.zeros((len(INVERSE_PENALTIES), len(vectors), len(labels)))
             novelty = np.zeros(len(vectors))
             for held_out in folds:
                 out = held_out[material.owner]
-                space = _Space(vectors[~out], widths)
+                space = _Space(vectors[~out])
                 inside, outside = space.coordinates(vectors[~out]), space.coordinates(vectors[out])
                 for row, inverse_penalty in enumerate(INVERSE_PENALTIES):
                     weight, bias = _fit_linear(
@@ -142,7 +143,7 @@ def fit_probe(
     sure = probabilities[np.arange(len(guess)), guess]
     threshold, _ = choose_threshold(sure, guess == truth, precision)
     vectors = material.vectors(blocks)
-    space = _Space(vectors, material.widths(blocks))
+    space = _Space(vectors)
     weight, bias = _fit_linear(
         space.coordinates(vectors), truth[material.owner], inverse_penalty, len(labels)
     )
@@ -168,7 +169,7 @@ def fit_probe(
         },
         "fitted": datetime.date.today().isoformat(),
     }
-    in_features = np.asarray(weight @ space.components, np.float32)
+    in_features = np.asarray(weight @ space.components / space.root, np.float32)
     return Probe(about, space.mean, space.scale, in_features, bias.astype(np.float32), space.basis())
 
 
@@ -192,22 +193,18 @@ def disjoint_folds(truth: np.ndarray, groups: Sequence[str]) -> list[np.ndarray]
 class _Space:
     """The directions in which clips differ: features standardised, then their principal components.
 
-    Every block counts the same, however many features it has: the seven numbers of the pitch would drown among thousands.
     `coordinates(vectors)`: (n, components), in units in which a clip's squared length is about 1. Fitting there instead of
     on thousands of features costs a tenth, and what is cut off a penalty would have kept small.
     """
 
-    def __init__(self, vectors: np.ndarray, widths: Sequence[int]) -> None:
+    def __init__(self, vectors: np.ndarray) -> None:
         from sklearn.utils.extmath import randomized_svd  # type: ignore[import-untyped]
 
         self.mean = vectors.mean(axis=0)
         spread = vectors.std(axis=0)
-        scales = []
-        for block in np.split(spread, np.cumsum(widths)[:-1]):
-            # A feature that hardly varies would be blown up by the first clip in which it does.
-            floored = np.maximum(block, 1e-2 * np.median(block) + 1e-6)
-            scales.append(floored * np.sqrt(len(block) * len(widths)))
-        self.scale = np.concatenate(scales).astype(np.float32)
+        # A feature that hardly varies would be blown up by the first clip in which it does.
+        self.scale = np.maximum(spread, 1e-2 * np.median(spread) + 1e-6).astype(np.float32)
+        self.root = np.float32(np.sqrt(vectors.shape[1]))
         standardised = self.standardised(vectors)
         count = min(_COMPONENTS, *standardised.shape)
         _, lengths, components = randomized_svd(standardised, count, random_state=0)
@@ -218,7 +215,7 @@ class _Space:
         return (vectors - self.mean) / self.scale
 
     def coordinates(self, vectors: np.ndarray) -> np.ndarray:
-        return np.asarray(self.standardised(vectors) @ self.components.T)
+        return np.asarray(self.standardised(vectors) @ self.components.T / self.root)
 
     def basis(self) -> np.ndarray:
         """(directions, features): the main components, each scaled so that clips spread by 1 along it."""

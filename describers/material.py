@@ -54,10 +54,6 @@ class Material:
         """(rows, features) float32: the blocks side by side."""
         return np.concatenate([self.blocks[name] for name in blocks], axis=1)
 
-    def widths(self, blocks: Sequence[str]) -> list[int]:
-        """How many features each block has."""
-        return [self.blocks[name].shape[1] for name in blocks]
-
     def keep(self, clips: Sequence[int], copies: Sequence[int] | None = None) -> Material:
         """The same, of these clips only; of their copies those with these numbers (default: all)."""
         new = {old: place for place, old in enumerate(clips)}

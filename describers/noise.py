@@ -31,8 +31,8 @@ LEAST_WITHOUT_PAUSES_S = 1.5
 # Nobody can tell from the level alone, so the SNR is taken with them and without them.
 _EVENT_DB = 6.0
 # The number is told only where that makes no difference to speak of, and where the levels of the pauses lie near each
-# other (10th to 90th percentile; white noise has 1 dB, a kitchen 5 dB, sheep 10 dB, hens 16 dB): a few pauses of a noise
-# that comes and goes are no sample of it. Both are choices of ours, see docs/results/describers_signal.md.
+# other (10th to 90th percentile): a few pauses of a noise that comes and goes are no sample of it. Both limits are choices of
+# ours, see docs/results/describers_signal.md.
 MOST_APART_DB = 3.0
 MOST_SPREAD_DB = 12.0
 # Digital silence has no noise: padding, or a gate that cut it away (16-bit rounding noise lies at -98 dBFS).

@@ -109,7 +109,7 @@ def gaussian_material(overlap: float, labels: int = 3, speakers: int = 12, each:
         copy=np.zeros(len(truth), int),
         seconds=np.ones(len(truth)),
         blocks={name: vectors[:, part] for name, part in
-                {"layers": slice(0, 3), "thirds": slice(3, 4), "spectrum": slice(4, 5), "pitch": slice(5, 6)}.items()},
+                {"first": slice(0, 1), "layers": slice(0, 3), "thirds": slice(3, 4), "spectrum": slice(4, 5), "pitch": slice(5, 6)}.items()},
     )  # fmt: skip
 
 
