@@ -293,6 +293,10 @@ class TargetsSection(Section):
         "one of several of its own, else the label's; minimum_change = its own, corrected; teacher = another LLM",
     )
     prompts: Text = Field(description="prompt pool, relative to the recipe file")
+    tasks: Literal["quickstart"] | None = Field(
+        default=None,
+        description="ask the multi-task set of the synthetic corpus (25 tasks in Dynamic-SUPERB's form) instead of the prompts",
+    )
     clips: Positive | None = Field(
         default=None, description="at most so many training clips are asked anything; null = all"
     )
@@ -668,6 +672,18 @@ class Recipe(Section):
                 ("targets.strategy", "describe.use"),
                 f"targets.strategy is {strategy!r}, which starts from people's labels, but describe.use has no 'labels'; "
                 "add it or take the strategy self",
+            )
+        if self.targets.tasks is not None and strategy not in OF_LABELS:
+            raise contradiction(
+                ("targets.tasks", "targets.strategy"),
+                f"targets.tasks is {self.targets.tasks!r}, whose answers are labels by construction, but targets.strategy is "
+                f"{strategy!r}, which asks for none; take one of {', '.join(OF_LABELS)}",
+            )
+        if self.targets.tasks is not None and self.data.synthesize is None:
+            raise contradiction(
+                ("targets.tasks", "data.synthesize"),
+                f"targets.tasks is {self.targets.tasks!r}, which knows how each clip was made, but data.synthesize is null, so "
+                "they are recordings; leave targets.tasks out",
             )
         if strategy == "continuation" and "transcript" not in (*self.describe.use, *attributes):
             raise contradiction(

@@ -27,11 +27,19 @@ OPTIMIZER = {
 }
 
 
-def tiny_recipe(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> Recipe:
-    """The quickstart recipe on tiny random models that `trainable` and `model` shape; `overrides` as `--set` takes them."""
-    monkeypatch.setenv("SPEECH_LLM_CACHE", str(folder / "cache"))
+def tiny_recipe(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, path: Path = QUICKSTART
+) -> Recipe:
+    """A recipe on tiny random models that `trainable` and `model` shape; `overrides` as `--set` takes them."""
     optimizer = [f"optimizer.{key}={'null' if value is None else value}" for key, value in OPTIMIZER.items()]
-    recipe = load_recipe(QUICKSTART, [*optimizer, *overrides])
+    recipe = load_recipe(path, [*optimizer, *overrides])
+    on_tiny_models(monkeypatch, folder)
+    return recipe
+
+
+def on_tiny_models(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Training builds tiny random models from here on, shaped by the recipe's `trainable` and `model`."""
+    monkeypatch.setenv("SPEECH_LLM_CACHE", str(folder / "cache"))
 
     def build(model: Any, trainable: Any, **_: Any) -> Any:
         lora, encoder_lora = (
@@ -44,7 +52,6 @@ def tiny_recipe(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) 
         return made
 
     monkeypatch.setattr(speech_llm.model, "build_model", build)
-    return recipe
 
 
 def tiny_examples(folder: Path, clips: int = 6) -> list[Example]:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, user_turn, write_examples
-from speech_llm.files import write_jsonl
+from speech_llm.files import read_jsonl, write_jsonl
 from speech_llm.recipe import OF_LABELS
+from speech_llm.synthesis.tasks import ask_clips
 from speech_llm.targets.continuation import continuation
 from speech_llm.targets.given import few_choices, given, human_answer, manifest_answers
 from speech_llm.targets.journal import Journal
@@ -135,10 +136,23 @@ def choose_rows(
         return [Row(clip, prompt) for clip, prompt in choose_prompts(spoken, pool, *chosen)]
     if settings.strategy not in OF_LABELS:
         return [Row(clip, prompt) for clip, prompt in choose_prompts(clips, pool, *chosen)]
-    own = manifest_answers(manifest, [clip["id"] for clip in clips]) if manifest is not None else {}
     by_id = {clip["id"]: clip for clip in clips}
+    first = asked_first(list(by_id), recipe.seed)[: settings.clips]
+    if settings.tasks is not None and manifest is not None:
+        made = {row["id"]: row for _, row in read_jsonl(manifest)}
+        asked = ask_clips((made[clip_id] for clip_id in first), settings.prompts_per_clip, recipe.seed)
+        return [
+            Row(
+                by_id[row["id"]],
+                PoolPrompt(f"{task.name}-{wording + 1}", task.instruction(question, wording), ()),
+                question.label,
+                manifest=True,
+            )
+            for row, task, question, wording in asked
+        ]
+    own = manifest_answers(manifest, list(by_id)) if manifest is not None else {}
     rows = []
-    for clip_id in asked_first(list(by_id), recipe.seed)[: settings.clips]:
+    for clip_id in first:
         if clip_id in own:
             question, answer = own[clip_id]
             rows.append(Row(by_id[clip_id], PoolPrompt("manifest", question, ()), answer, manifest=True))
