@@ -256,6 +256,19 @@ def test_an_answer_about_the_task_is_banned(answer: str, is_banned: bool) -> Non
     assert (banned(answer) is not None) is is_banned
 
 
+def test_the_persons_own_words_are_no_paraphrase(tmp_path: Path) -> None:
+    clips = some_clips(2)
+    desk = desk_of(clips, attempts=3)
+    copies = ["the  speaker is FEMALE.", "The speaker is male."]
+    teacher = Script(lambda question: copies[gender_in(question) == "male"])
+    counts, examples, _ = run(
+        human_rows(clips), lambda row: rewrite(row, desk, POOL, "template"), teacher, tmp_path
+    )
+    assert {row["source"]["verdict"] for row in examples} == {"only repeats the human answer"}
+    assert counts["kept_of"] == {"human": 2}
+    assert counts["acceptance"] == 0
+
+
 # self_output
 
 

@@ -1,7 +1,7 @@
 """Strategy `rewrite`: the LLM says a person's answer in its own words (SDFT of Yang et al., 2402.13669).
 
-In: description, prompt, a person's answer. Out: the paraphrase where it still says what the person said and does not talk
-about its task; else the person's answer itself, so that no row is lost and none is wrong.
+In: description, prompt, a person's answer. Out: the paraphrase where it still says what the person said, in other words, and
+does not talk about its task; else the person's answer itself, so that no row is lost and none is wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def rewrite(row: Row, desk: Desk, pool: tuple[PoolPrompt, ...], wording: str) ->
             attempt if desk.sampled else 0,
         )
         (answer,) = yield [question]
-        outcome = banned(answer) or desk.judge(answer, row)
+        outcome = banned(answer) or repeats(answer, human) or desk.judge(answer, row)
         if outcome == "ok":
             return Target(answer, context, attempt, notes={"kept": "paraphrase"})
     return human_target(row, desk, desk.attempts - 1, outcome, {"kept": "human"})
@@ -49,6 +49,12 @@ def banned(answer: str) -> str | None:
     if text.lstrip(" #*\n").startswith(BANNED_START) or any(phrase in text for phrase in BANNED):
         return "speaks of its task"
     return None
+
+
+def repeats(answer: str, human: str) -> str | None:
+    """Why an answer is no paraphrase but the person's own words again, None when it is one."""
+    same = answer.casefold().split() == human.casefold().split()
+    return "only repeats the human answer" if same else None
 
 
 def _shown(context: str, prompt: PoolPrompt, human: str) -> str:
