@@ -334,7 +334,7 @@ def self_synthesized(
 
 def spread_out(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
     """Row numbers of `vectors` (rows, width): from each k-means cluster in turn, those nearest to its middle first."""
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 
     clusters = min(clusters, len(np.unique(vectors, axis=0)))
     found = KMeans(clusters, n_init=4, random_state=seed).fit(vectors)
