@@ -450,7 +450,9 @@ class _WrittenRows(Section):
     ratio: Ratio = Field(default=0.05, description="share, relative to the audio Examples")
     temperature: float = Field(default=1.0, gt=0, description="sampling temperature of the user's turn")
     max_new_tokens: Positive = Field(default=96, description="longest turn of the user, tokens")
-    max_answer_tokens: Positive = Field(default=160, description="longest answer, tokens")
+    max_answer_tokens: Positive = Field(
+        default=384, description="longest answer, tokens; one that does not end by then is dropped"
+    )
     batch_tokens: Positive = Field(default=16384, description="tokens generated side by side")
 
 

@@ -359,11 +359,9 @@ def test_rows_are_the_first_that_pass_and_the_rest_is_counted() -> None:
 def test_an_llm_that_writes_nothing_usable_is_given_up() -> None:
     recipe = recipe_with({"type": "magpie"})
     writer = Scripted(["a b c d e f " * 30])
-    with pytest.raises(
-        UserError, match=r"only 0 rows of 320 .*30 rows are promised .*repeats itself 320|too long 320"
-    ):
+    with pytest.raises(UserError, match=r"only 0 rows of 360 .*30 rows are promised .*too long 360"):
         magpie(recipe.mixture.sources[0], "magpie", Budget(30), writer, {})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"only 1 rows of 640"):
+    with pytest.raises(UserError, match=r"only 1 rows of 1200"):
         magpie(recipe.mixture.sources[0], "magpie", Budget(30), Scripted(["One good question here?"]), {})  # type: ignore[arg-type]
 
 
@@ -377,7 +375,7 @@ def test_a_budget_stops_the_writing() -> None:
     budget = Budget(40)
     assert isinstance(fill_written(budget, "x", make), Written)
     assert [row.id for row in budget.rows] == [str(n) for n in range(40)]
-    assert asked == [range(40)]
+    assert asked == [range(80)]
 
 
 CHATS = {
@@ -577,7 +575,7 @@ def test_requests_are_written_after_two_demonstrations() -> None:
         for number, part in zip(numbers, parts[1:3], strict=True):
             assert part == f"Ask {number} of it?{between}Told {number}.{closing}"
         pairs.add(numbers)
-    assert len(pairs) == 20  # all ordered pairs of five
+    assert len(pairs) == len(writer.shown) == 16  # none of the twenty ordered pairs came twice
     assert all(first != second for first, second in pairs)
     with pytest.raises(UserError, match="two demonstrations or more are needed, and there are 1"):
         self_synthesized(
@@ -587,14 +585,9 @@ def test_requests_are_written_after_two_demonstrations() -> None:
 
 @pytest.mark.assets
 def test_what_the_embedded_llm_writes_is_the_same_after_a_kill(audio: Path, tmp_path: Path) -> None:
-    short = {"ratio": 0.02, "max_new_tokens": 40, "max_answer_tokens": 60}
-    recipe = recipe_with(
-        {"type": "magpie", **short}, {"type": "pseudo_replay", **short}, {"type": "self_synthesized", **short}
-    )
+    recipe = recipe_with({"type": "magpie", "ratio": 0.01, "max_new_tokens": 32, "max_answer_tokens": 256})
     whole, counts = mix(recipe, audio, tmp_path / "whole")
-    assert Counter(row.source["strategy"] for row in whole) == {
-        "magpie": 2, "pseudo_replay": 2, "self_synthesized": 2,
-    }  # fmt: skip
+    assert [row.source["strategy"] for row in whole] == ["magpie"]
     assert counts["tokens_per_s"] > 0
     for row in whole:
         assert [turn["role"] for turn in row.messages] == ["user", "assistant"]

@@ -112,7 +112,7 @@ class TextRows:
                         starts.append(place)
                     place += len(line)
                 numbers = array("Q", range(len(starts)))
-                random.Random(f"{self.seed}-rows").shuffle(numbers)  # type: ignore[arg-type]
+                random.Random(f"{self.seed}-rows").shuffle(numbers)
                 for number in numbers:
                     handle.seek(starts[number])
                     try:
@@ -155,7 +155,8 @@ def text_rows(settings: Replay | Safety, file: Path | None, dataset: str | None,
     """The rows that a source names; `file`, `dataset`: where it says that they lie. Without either, the package's own."""
     if file is None and dataset is None:
         file = PACKAGED["general" if settings.type == "replay" else "safety"]
-    return TextRows(file, dataset, settings.subset, settings.split, settings.columns, seed)
+    columns = {str(role): column for role, column in settings.columns.items()}
+    return TextRows(file, dataset, settings.subset, settings.split, columns, seed)
 
 
 def fill_replay(budget: Budget, rows: TextRows, repeat: bool, kind: str | None = None) -> Counter[str]:

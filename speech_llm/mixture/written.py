@@ -26,8 +26,8 @@ from speech_llm.mixture.writer import Frame, Turn, Writer
 if TYPE_CHECKING:
     from speech_llm.recipe import Magpie, PseudoReplay, SelfSynthesized
 
-# Candidates written at a time, and how many are tried for a row (or four tokens) before it is given up.
-LEAST_CHUNK, MOST_CHUNK = 32, 1024
+# Candidates written at a time, two for each row wanted; after so many times it is given up.
+LEAST_CHUNK, MOST_CHUNK = 8, 1024
 MOST_TRIES = 20
 # So many candidates of which none passes: the LLM cannot do this.
 HOPELESS = 320
@@ -54,8 +54,8 @@ def fill_written(budget: Budget, what: str, make: Callable[[range], list[Candida
     """
     out = Written()
     per_row = 1 if budget.unit == "rows" else 32
-    chunk = min(MOST_CHUNK, max(LEAST_CHUNK, budget.wanted // per_row))
-    most = MOST_TRIES * max(chunk, budget.wanted // per_row)
+    chunk = min(MOST_CHUNK, max(LEAST_CHUNK, 2 * budget.wanted // per_row))
+    most = MOST_TRIES * chunk
     while not budget.full:
         if out.tried >= most or (out.tried >= HOPELESS and not budget.rows):
             reasons = ", ".join(f"{reason} {count}" for reason, count in out.dropped.most_common(4))
@@ -334,7 +334,7 @@ def self_synthesized(
 
 def spread_out(vectors: np.ndarray, clusters: int, seed: int) -> list[int]:
     """Row numbers of `vectors` (rows, width): from each k-means cluster in turn, those nearest to its middle first."""
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 
     clusters = min(clusters, len(np.unique(vectors, axis=0)))
     found = KMeans(clusters, n_init=4, random_state=seed).fit(vectors)

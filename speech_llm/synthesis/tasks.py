@@ -61,7 +61,7 @@ def _column(name: str, options: Sequence[str]) -> Callable[[Row, random.Random],
 
     def ask(row: Row, _rng: random.Random) -> Question | None:
         value = row.get(name)
-        return Question(tuple(options), value, {}) if value in options else None
+        return Question(tuple(options), str(value), {}) if value in options else None
 
     return ask
 
