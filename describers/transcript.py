@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from describers.records import Attribute, Clip, windows
-from describers.silence import SILENCE_DBFS, loudest_dbfs
+from describers.silence import SILENCE_DBFS, loudest_dbfs  # noqa: F401 - others take them from here
 from describers.speech_activity import speech_activity
 from describers.whisper import WINDOW_S, Heard, Whisper
 from speech_llm.audio import SAMPLE_RATE_HZ
@@ -50,7 +50,7 @@ class TranscriptDescriber:
 
     def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
         heard: list[list[tuple[float, float, Heard]]] = [[] for _ in clips]
-        pieces = ((index, *window) for index, clip in enumerate(clips) for window in windows(clip, WINDOW_S))
+        pieces = ((index, *window) for index, clip in enumerate(clips) for window in spoken_windows(clip))
         # Four batches at a time, so that equal lengths meet and an hour of sound is never held as a whole.
         while several := list(itertools.islice(pieces, 4 * self.batch_size)):
             for (index, start_s, samples), words in zip(
@@ -60,44 +60,40 @@ class TranscriptDescriber:
         return [self._attributes(clip, segments) for clip, segments in zip(clips, heard, strict=True)]
 
     def _hear(self, sounds: Sequence[np.ndarray]) -> list[Heard]:
-        loud = [index for index, samples in enumerate(sounds) if loudest_dbfs(samples) > SILENCE_DBFS]
-        out = [Heard("", 0.0, 1.0) for _ in sounds]
-        if loud:
-            if self._whisper is None:
-                self._whisper = Whisper(self.asr, self._device)
-            spoken = self._whisper.transcribe([sounds[index] for index in loud], self.batch_size, self.padded)
-            for index, words in zip(loud, spoken, strict=True):
-                out[index] = words
-        return out
+        if self._whisper is None:
+            self._whisper = Whisper(self.asr, self._device)
+        return self._whisper.transcribe(sounds, self.batch_size, self.padded)
 
     def _attributes(self, clip: Clip, segments: list[tuple[float, float, Heard]]) -> dict[str, Attribute]:
-        if not any(is_speech(words) for _, _, words in segments):
-            return {}
-        spans = speech_activity(clip).spans
-        spoken = [segment for segment in segments if is_speech(segment[2], _within(spans, *segment[:2]))]
+        spoken = [segment for segment in segments if is_speech(segment[2])]
         if not spoken:
             return {}
-        how = f"Whisper ({self.asr}), greedy"
+        how = f"Whisper ({self.asr}), greedy, where Silero VAD finds speech"
         confidence = math.exp(float(np.mean([words.log_probability for _, _, words in spoken])))
         found = {
             "transcript": Attribute(" ".join(w.text for _, _, w in spoken), confidence=confidence, how=how)
         }
-        if len(segments) > 1:
+        if clip.duration_s > WINDOW_S:
             rows = [{"start_s": round(a, 2), "end_s": round(b, 2), "text": w.text} for a, b, w in spoken]
             found["segments"] = Attribute(rows, how=f"{how}, windows cut at quiet places")
         return found
 
 
-def _within(spans: Sequence[tuple[float, float]], start_s: float, end_s: float) -> float:
-    """Seconds of the spans that lie between two times."""
-    return sum(max(0.0, min(end, end_s) - max(start, start_s)) for start, end in spans)
+def spoken_windows(clip: Clip) -> Iterator[tuple[float, np.ndarray]]:
+    """`(start_s, samples)`: the windows of at most 30 s in which the voice detector finds any speech.
 
-
-def is_speech(heard: Heard, speech_s: float | None = None) -> bool:
-    """Whether the words are trustworthy enough to be called speech at all.
-
-    `speech_s`: how long somebody speaks according to the voice detector, None where it was not asked.
+    Whisper writes words for animals and machines, and is as sure of them as of short words ("cat", "six"), so that its own
+    probabilities cannot tell them apart (docs/results/describe.md). Silence never has speech.
     """
+    spans = speech_activity(clip).spans
+    for start_s, samples in windows(clip, WINDOW_S) if spans else ():
+        end_s = start_s + len(samples) / SAMPLE_RATE_HZ
+        if any(start < end_s and end > start_s for start, end in spans):
+            yield start_s, samples
+
+
+def is_speech(heard: Heard) -> bool:
+    """Whether the words are trustworthy enough to be called speech at all."""
     if not heard.text or heard.loop or heard.log_probability < LEAST_LOG_PROBABILITY:
         return False
     if heard.text.lower().strip(" .!,") in PHANTOMS and heard.log_probability < PHANTOM_LOG_PROBABILITY:
