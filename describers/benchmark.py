@@ -121,7 +121,7 @@ SHIPPED = (
     Shipped(
         "age_group",
         ("speechocean762",),
-        0.95,
+        0.9,  # the folds show 95 % at no confidence
         "speechocean762: CC BY 4.0; background noises: Apache-2.0, MIT, CC0",
     ),
 )

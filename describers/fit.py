@@ -30,7 +30,7 @@ FOLDS = 5
 # What is tried; of equally good ones the first. Inverse penalties are per feature: the sum of squares of a standardised
 # vector grows with its length.
 BLOCK_SETS: tuple[tuple[str, ...], ...] = (
-    ("first", "spectrum", "pitch"),
+    ("first", "pitch"),
     ("layers", "spectrum", "pitch"),
     ("layers", "thirds", "spectrum", "pitch"),
 )

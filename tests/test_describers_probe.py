@@ -246,6 +246,17 @@ def test_level_offset_and_batch_mates_change_nothing(probe_file: Path, encoder_d
     assert np.sqrt(np.mean(levelled(sound) ** 2)) == pytest.approx(10 ** (-23 / 20), rel=0.1)
 
 
+def test_blocks_of_a_sound_are_the_first_of_its_layers_and_its_pitch(encoder_dir: Path) -> None:
+    features = EncoderFeatures(str(encoder_dir))
+    low, high = features.every_block([tone(110, 1.0, 4), tone(220, 1.0, 4)])
+    layers = low["layers"].reshape(2, features.identity()["layers"], -1)  # means and spreads
+    np.testing.assert_array_equal(low["first"], layers[:, 0].ravel())
+    assert low["pitch"][0] == pytest.approx(np.log2(1.1), abs=0.1)
+    assert high["pitch"][0] - low["pitch"][0] == pytest.approx(1, abs=0.02)
+    [noise] = features.every_block([np.random.default_rng(0).normal(size=16_000).astype(np.float32)])
+    assert noise["pitch"][5] < 0.2 < low["pitch"][5]  # the share that is voiced
+
+
 def test_two_probes_of_one_encoder_encode_each_clip_once(
     probe_file: Path, encoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
