@@ -252,3 +252,21 @@ def test_text_rows_beside_sound_train_without_a_gradient_of_their_own(setting: A
     write_examples(tmp_path / "examples.jsonl", replay)
     with pytest.raises(UserError, match=r"no row has sound.*model\.gate_adapters is true"):
         run(recipe, tmp_path / "other")
+
+
+def test_a_training_goes_on_from_an_earlier_model_and_keeps_its_teacher(setting: Any, tmp_path: Path) -> None:
+    first = setting("trainable.lora={rank: 2}", "optimizer.max_steps=2")
+    run(first, tmp_path / "first")
+    still = ["trainable.lora={rank: 2}", "optimizer.max_steps=1", "optimizer.lr=1e-12"]
+    teachers = []
+    for folder, start in (("fresh", None), ("second", tmp_path / "first" / "model")):
+        run(setting("loss={type: kl, top_k: 5}", *still), tmp_path / folder, start_from=start)
+        teachers.append(safetensors.torch.load_file(tmp_path / folder / "train" / "teacher.safetensors"))
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    fresh = weights(tmp_path / "fresh")
+    assert not all(torch.allclose(fresh[name], after[name], atol=1e-4) for name in before)
+    assert all(torch.equal(teachers[0][name], teachers[1][name]) for name in teachers[0])
+    with pytest.raises(UserError, match=r"lora_\w.* does not fit the model of this recipe"):
+        run(setting("optimizer.max_steps=1"), tmp_path / "other", start_from=tmp_path / "first" / "model")
