@@ -457,7 +457,7 @@ class _WrittenRows(Section):
 
 
 class PseudoReplay(_WrittenRows):
-    """LAMOL's pseudo replay (1909.03329): whole conversations sampled from the beginning-of-sequence token."""
+    """LAMOL's pseudo replay (1909.03329): whole conversations sampled from where they begin."""
 
     type: Literal["pseudo_replay"] = Field(
         description="conversations sampled by the LLM before it is trained"
@@ -466,7 +466,12 @@ class PseudoReplay(_WrittenRows):
     starts: list[Text] = Field(
         default_factory=list,
         description="texts that a user's turn begins with, as many rows from each (LAMOL's task tokens); "
-        "[] = from the beginning-of-sequence token",
+        "[] = from `begin` alone",
+    )
+    begin: Literal["chat", "bos"] = Field(
+        default="chat",
+        description="where a conversation begins: after what the chat template puts before a user's turn, or at the "
+        "beginning-of-sequence token, for LLMs that have learned whole conversations",
     )
 
 

@@ -359,7 +359,7 @@ def test_rows_are_the_first_that_pass_and_the_rest_is_counted() -> None:
 def test_an_llm_that_writes_nothing_usable_is_given_up() -> None:
     recipe = recipe_with({"type": "magpie"})
     writer = Scripted(["a b c d e f " * 30])
-    with pytest.raises(UserError, match=r"only 0 rows of 360 .*30 rows are promised .*too long 360"):
+    with pytest.raises(UserError, match=r"only 0 rows of 180 .*30 rows are promised .*too long 180"):
         magpie(recipe.mixture.sources[0], "magpie", Budget(30), writer, {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"only 1 rows of 1200"):
         magpie(recipe.mixture.sources[0], "magpie", Budget(30), Scripted(["One good question here?"]), {})  # type: ignore[arg-type]
@@ -446,6 +446,34 @@ def test_pseudo_replay_is_split_equally_over_its_starts() -> None:
     )  # type: ignore[arg-type]
     assert Counter(row.source["start"] for row in budget.rows) == {"Is it": 3, "Was it": 2, "Will it": 2}
     assert all(row.messages[0]["content"].startswith(row.source["start"]) for row in budget.rows)
+
+
+def test_pseudo_replay_begins_where_a_chat_or_a_sequence_does() -> None:
+    class Begun(Scripted):
+        tokenizer = tiny_tokenizer()
+        frame = Frame.of(tokenizer)
+        turn_end = "<|im_end|>"
+        begun: list[int]
+
+        def tokens_of(self, text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        def sample(self, source: str, part: str, starts: Any, **_: Any) -> list[Turn]:
+            self.begun = starts[0][1]()
+            whole = "<|im_start|>user\nWhat is number {}?<|im_end|>\n<|im_start|>assistant\nIt is {}."
+            return [Turn(whole.format(n, n), 5, True) for n, _ in starts]
+
+    opening = Begun.frame.opening
+    for begin, expected in (("chat", Begun([]).tokens_of(opening)), ("bos", [Begun.tokenizer.bos_token_id])):
+        writer, budget = Begun([]), Budget(1)
+        settings = recipe_with({"type": "pseudo_replay", "begin": begin}).mixture.sources[0]
+        if begin == "chat":  # the scripted turn opens a second user's turn: one too many
+            with pytest.raises(UserError, match="several user turns"):
+                pseudo_replay(settings, "pseudo_replay", budget, writer, {})  # type: ignore[arg-type]
+        else:
+            pseudo_replay(settings, "pseudo_replay", budget, writer, {})  # type: ignore[arg-type]
+            assert budget.rows[0].messages[1]["content"] == "It is 0."
+        assert writer.begun == expected
 
 
 # ---------------------------------------------------------------- the writer and its journal

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LEAST_CHUNK, MOST_CHUNK = 8, 1024
 MOST_TRIES = 20
 # So many candidates of which none passes: the LLM cannot do this.
-HOPELESS = 320
+HOPELESS = 160
 # A conversation that has not come to an answer after so many turns is dropped.
 MOST_TURNS = 4
 
@@ -157,7 +157,8 @@ def pseudo_replay(
 ) -> Written:
     """LAMOL (1909.03329): whole conversations sampled token by token, kept when they hold exactly one answer.
 
-    From the beginning-of-sequence token, or from each of `settings.starts`, which open the user's turn. LAMOL rounds its share
+    From what opens a chat, which most instruct LLMs need to hold one, or the beginning-of-sequence token (`settings.begin`); or
+    from each of `settings.starts`, which open the user's turn. LAMOL rounds its share
     down to a multiple of the starts; here the first starts get one row more, so that the share is what was promised.
     """
     total = Written()
@@ -184,12 +185,12 @@ def _from_start(
 
     def first() -> list[int]:
         tokenizer = writer.tokenizer
-        if start is not None:
-            return writer.tokens_of(writer.frame.opening + start)
+        if settings.begin == "chat" or start is not None:
+            return writer.tokens_of(writer.frame.opening + (start or ""))
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if bos is None:
             raise UserError(
-                f"mixture, {name}: {writer.reference} has no beginning-of-sequence token to sample from; give starts"
+                f"mixture, {name}: {writer.reference} has no beginning-of-sequence token; set begin to chat"
             )
         return [bos]
 
