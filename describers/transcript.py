@@ -20,7 +20,8 @@ from speech_llm.audio import SAMPLE_RATE_HZ
 
 # Whisper's own rule (Radford et al. 2022, section 4.5): no speech when the no-speech token is likely and the text is not;
 # and in any case when the text is less likely than the last number. Chosen with tiny.en on 170 spoken clips and 52
-# of animals, machines and noise: of those transcribed half right 0.8 % are left out, of the noises 79 %.
+# of animals, machines and noise: of those transcribed half right 0.8 % are left out, of the noises 79 %. They decide after
+# the voice detector has, see `spoken_windows`.
 NO_SPEECH_PROBABILITY = 0.6
 LOG_PROBABILITY = -1.0
 LEAST_LOG_PROBABILITY = -1.3
