@@ -235,6 +235,15 @@ def test_silence_and_strange_sounds_get_no_attribute(probe_file: Path) -> None:
     assert told[1:] == [{}] * 4
 
 
+def test_gender_needs_somebody_who_speaks(probe_file: Path, tmp_path: Path) -> None:
+    probe = load_probe(probe_file)
+    renamed = Probe({**probe.about, "attribute": "gender"}, *(getattr(probe, name) for name in TENSORS))
+    save_probe(renamed, tmp_path / "gender.safetensors")
+    buzz = clip_of(tone(110, 1.0, 12345))
+    assert "register" in ProbeDescriber(probe_file, threshold=0.0).describe([buzz])[0]
+    assert ProbeDescriber(tmp_path / "gender.safetensors", threshold=0.0).describe([buzz]) == [{}]
+
+
 def test_level_offset_and_batch_mates_change_nothing(probe_file: Path, encoder_dir: Path) -> None:
     sound = tone(110, 0.7, 5)
     features = EncoderFeatures(str(encoder_dir))
