@@ -19,11 +19,14 @@ import numpy as np
 
 from describers.features import EncoderFeatures, shared_features
 from describers.records import Attribute, Clip
+from describers.speech_activity import speech_activity
 from describers.voting import judge
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write, sha256_file
 
 FORMAT = "speech-llm probe 1"
+# Attributes of a speaker: not told of a sound in which nobody speaks, however much it is like some voice.
+OF_A_VOICE = ("gender", "age_group")
 TENSORS = ("mean", "scale", "weight", "bias", "basis")
 
 
@@ -90,9 +93,11 @@ class ProbeDescriber:
     def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
         how = f"probe {self.path.name} on {self.probe.about['encoder']['reference']}"
         found: list[dict[str, Attribute]] = []
-        for probabilities in judge(clips, self._listen):
+        for clip, probabilities in zip(clips, judge(clips, self._listen), strict=True):
             found.append({})
             if probabilities is None or self.threshold is None:
+                continue
+            if self.probe.attribute in OF_A_VOICE and not speech_activity(clip).spans:
                 continue
             # What is most like background has no label that is likely.
             best = int(probabilities[: len(self.probe.labels)].argmax())

@@ -17,6 +17,7 @@ from describers.material import Material, read_material
 from describers.probe import TENSORS, Probe, ProbeDescriber, load_probe, save_probe
 from describers.records import Clip
 from describers.run import describe_inputs
+from describers.speech_activity import Activity
 from speech_llm.audio import SAMPLE_RATE_HZ
 from speech_llm.cli import main
 from speech_llm.errors import UserError
@@ -233,6 +234,20 @@ def test_silence_and_strange_sounds_get_no_attribute(probe_file: Path) -> None:
     assert told[0]["register"].value == "low"
     assert "probe" in told[0]["register"].how
     assert told[1:] == [{}] * 4
+
+
+def test_gender_needs_somebody_who_speaks(probe_file: Path, tmp_path: Path) -> None:
+    probe = load_probe(probe_file)
+    renamed = Probe({**probe.about, "attribute": "gender"}, *(getattr(probe, name) for name in TENSORS))
+    save_probe(renamed, tmp_path / "gender.safetensors")
+    spoken, unspoken = clip_of(tone(110, 1.0, 12345)), clip_of(tone(110, 1.0, 12345))
+    frames = np.zeros(32)
+    spoken.measured["speech"] = Activity(((0.0, 1.0),), frames, frames)
+    unspoken.measured["speech"] = Activity((), frames, frames)
+    told = ProbeDescriber(tmp_path / "gender.safetensors", threshold=0.0).describe([spoken, unspoken])
+    assert told[0]["gender"].value == "low"
+    assert told[1] == {}
+    assert "register" in ProbeDescriber(probe_file, threshold=0.0).describe([unspoken])[0]
 
 
 def test_level_offset_and_batch_mates_change_nothing(probe_file: Path, encoder_dir: Path) -> None:
