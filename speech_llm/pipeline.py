@@ -223,7 +223,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "targets",
-        1,
+        2,
         lambda r: {
             "seed": r.seed,
             "llm": r.model.llm,

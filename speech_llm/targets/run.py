@@ -108,7 +108,15 @@ def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool
         source["backend"] = settings.teacher.backend
     if "editor" in teachers:
         source["editor"] = teachers["editor"].name
-    counts, examples = write_rows(rows, write, teachers, out_dir, source=source, progress=progress)
+    counts, examples = write_rows(
+        rows,
+        write,
+        teachers,
+        out_dir,
+        source=source,
+        shown=lambda row, attempt: desk.ask(row, attempt).example,
+        progress=progress,
+    )
     if settings.perplexity_rows and examples:
         from speech_llm.targets.perplexity import targets_perplexity
 
@@ -189,9 +197,13 @@ def write_rows(
     out_dir: Path,
     *,
     source: Mapping[str, Any] | None = None,
+    shown: Callable[[Row, int], tuple[str, str] | None] = lambda row, attempt: None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Example]]:
     """Let a strategy write every row, all rows side by side; returns the counts and the Examples written.
+
+    `shown(row, attempt)`: the worked example that goes before a row's description; it is kept in `source`, so that
+    training can ask the base LLM about the same answer in the same way.
 
     Whenever it is killed, running it again over the same `out_dir` ends with the same files as a run that was not.
     """
@@ -225,9 +237,9 @@ def write_rows(
                     del asking[number]
                     ended[number] = Reject(f"no answer: {failed.why}", "", tries)
         kept = [
-            _example(row, ended[i], source or {})
+            _example(row, target, source or {}, shown(row, target.attempt))
             for i, row in enumerate(rows)
-            if isinstance(ended[i], Target)
+            if isinstance(target := ended[i], Target)
         ]
         write_examples(out_dir / "examples.jsonl", kept)
         write_jsonl(
@@ -237,8 +249,7 @@ def write_rows(
         return _counts(rows, ended, journal), kept
 
 
-def _example(row: Row, target: Target | Reject, source: Mapping[str, Any]) -> Example:
-    assert isinstance(target, Target)
+def _example(row: Row, target: Target, source: Mapping[str, Any], shown: tuple[str, str] | None) -> Example:
     audio: dict[str, Any] = {"path": row.clip["audio"]}
     if row.attributes.get("transcript"):
         audio["transcript"] = row.attributes["transcript"]
@@ -253,6 +264,7 @@ def _example(row: Row, target: Target | Reject, source: Mapping[str, Any]) -> Ex
             "attempt": target.attempt,
             "verdict": target.verdict,
             **target.notes,
+            **({"example": list(shown)} if shown else {}),
         },
     )
 
