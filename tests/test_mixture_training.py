@@ -15,12 +15,14 @@ from tiny_models import tiny_model
 import speech_llm.model
 import speech_llm.training.loop as loop
 from speech_llm.data.features import FeatureStore
-from speech_llm.data.packing import collate
-from speech_llm.examples import Example, user_turn, write_examples
+from speech_llm.examples import Example, read_examples, user_turn, write_examples
 from speech_llm.files import read_json, read_jsonl, write_jsonl
 from speech_llm.kv_cache import run_prefix
 from speech_llm.pipeline import STAGES, Stage, run_stages
 from speech_llm.recipe import Recipe, load_recipe
+from speech_llm.training.losses import cross_entropy_sum
+from speech_llm.training.rows import build_training_set
+from speech_llm.training.student import Student
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 LORA = {"rank": 4, "alpha": 16, "dropout": 0.0, "target_modules": None}
@@ -104,15 +106,14 @@ def test_a_text_row_in_a_batch_with_audio_rows_gives_the_loss_it_has_alone(
             if "lora_B" in name:  # adapters that have learned something
                 parameter.normal_(0, 0.2)
     store = FeatureStore(tmp_path / "features", model, processor)
-    examples = [*loop.read_examples(files[0]), *text_rows()[:3]]
-    data = loop.build_training_set(examples, processor, store, 512, frozen, False)
+    examples = [*read_examples(files[0]), *text_rows()[:3]]
+    data = build_training_set(examples, processor, store, 512, frozen, False)
     assert not data.rejects
     assert bool(data.prefix) == frozen
-    prefix = run_prefix(model.llm, data.prefix)
+    student = Student(model, processor, store, run_prefix(model.llm, data.prefix), len(data.prefix))
 
     def loss(packs: list[Any]) -> torch.Tensor:
-        batch = collate(packs, len(data.prefix), processor.pad_token_id)
-        return loop.batch_loss(model, batch, store, prefix, torch.device("cpu")).detach()
+        return cross_entropy_sum(*student.answer_logits(student.batch(packs))).detach()
 
     text = [pack for pack in data.packs if not pack.clips]
     assert [pack.rows for pack in text] == [["replay/0"], ["replay/1"], ["replay/2"]]
