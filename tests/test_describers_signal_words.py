@@ -25,7 +25,7 @@ MEASURED = {
 
 def test_measured_attributes_read_as_plain_english() -> None:
     assert compose({"gender": "male", **MEASURED}) == (
-        "A male speaker speaks fast with a low-pitched voice in a quiet voice. The speech has 2 pauses. "
+        "A male speaker speaks fast with a quiet, low-pitched voice. The speech has 2 pauses. "
         "The recording is noisy. The recording is slightly reverberant."
     )
     assert compose({"volume": "moderate"}) == "A speaker speaks at a moderate volume."
