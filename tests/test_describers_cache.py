@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from describers.cache import Cache, default_path, version_of
+import describers.cache
+from describers.cache import Cache, version_of
 from describers.classifier import ClassifierDescriber
 from describers.lines import DescribeReport
 from describers.named import attribute_describer
@@ -116,7 +117,7 @@ def test_what_states_no_version_is_never_cached(folder: Path) -> None:
 
 def test_without_a_cache_nothing_is_looked_up_and_nothing_kept(folder: Path) -> None:
     run(folder, "a.jsonl", Peak(), cache=False)
-    assert not default_path().exists()
+    assert not describers.cache.default_path().exists()
     run(folder, "b.jsonl", Peak())
     again = Peak()
     run(folder, "c.jsonl", again, cache=False)
