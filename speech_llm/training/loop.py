@@ -131,10 +131,8 @@ def train(
     if found is not None:
         weights, state = load_checkpoint(found, optimizer, names)
         model.load_trained(weights)
-        for (
-            name,
-            parameter,
-        ) in model.named_parameters():  # a checkpoint also holds parts that are not trained now
+        # A checkpoint may also hold parts that are not trained now.
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         first = state["step"]
         if show:
