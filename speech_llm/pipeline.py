@@ -30,7 +30,8 @@ from speech_llm.files import (
     stable_hash,
     write_json,
 )
-from speech_llm.recipe import OF_LABELS, Recipe
+from speech_llm.recipe import Recipe
+from speech_llm.recipe_targets import OF_LABELS
 
 Say = Callable[[str], None]
 PACKAGES = ("speech-llm", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")

@@ -20,7 +20,7 @@ from speech_llm.files import explain_os_error
 from speech_llm.mixture.share import Budget, promised
 
 if TYPE_CHECKING:
-    from speech_llm.recipe import Replay, Safety
+    from speech_llm.recipe_mixture import Replay, Safety
 
 PACKAGED = {name: Path(__file__).parent / f"{name}.jsonl" for name in ("general", "safety")}
 REFUSAL, LOOK_ALIKE = "refusal", "look_alike"

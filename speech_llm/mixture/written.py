@@ -24,7 +24,7 @@ from speech_llm.mixture.share import Budget, promised
 from speech_llm.mixture.writer import Frame, Turn, Writer
 
 if TYPE_CHECKING:
-    from speech_llm.recipe import Magpie, PseudoReplay, SelfSynthesized
+    from speech_llm.recipe_mixture import Magpie, PseudoReplay, SelfSynthesized
 
 # Candidates written at a time, two for each row wanted; after so many times it is given up.
 LEAST_CHUNK, MOST_CHUNK = 8, 1024

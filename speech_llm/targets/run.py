@@ -22,7 +22,7 @@ from tqdm import tqdm
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, user_turn, write_examples
 from speech_llm.files import read_jsonl, write_jsonl
-from speech_llm.recipe import OF_LABELS
+from speech_llm.recipe_targets import OF_LABELS
 from speech_llm.synthesis.tasks import ask_clips
 from speech_llm.targets.continuation import continuation
 from speech_llm.targets.given import few_choices, given, human_answer, manifest_answers

@@ -21,7 +21,7 @@ from speech_llm.errors import UserError
 from speech_llm.targets.questions import Question
 
 if TYPE_CHECKING:
-    from speech_llm.recipe import TargetsSection
+    from speech_llm.recipe_targets import TargetsSection
 
 
 @dataclass(frozen=True)
