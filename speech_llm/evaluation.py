@@ -10,6 +10,7 @@ The peers answer the same questions: the *ceiling* (the text LLM given the descr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ JSON_PROMPT = 'Tell me the {name} of the speaker. Answer in JSON with the key "a
 def build_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
     """One task per test split and attribute (and one for the words), each with seen and unseen instructions."""
     pool = load_pool(recipe.resolve_path(recipe.eval.prompts))
+    asked = asked_in_training(recipe)
+    pool = [replace(prompt, seen=prompt.seen and prompt.text in asked) for prompt in pool]
     questioner = _questioner(recipe, run_dir)
     train = questioner.clips
     tasks = []
@@ -77,6 +80,13 @@ def build_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
             f"{recipe.path}: nothing to evaluate: no test clip has any of eval.attributes = {recipe.eval.attributes}"
         )
     return tasks
+
+
+def asked_in_training(recipe: Recipe) -> set[str]:
+    """The prompts whose very words this recipe's targets ask; none of a pool's where a multi-task set is asked instead."""
+    if recipe.targets.tasks is not None:
+        return set()
+    return {prompt.text for prompt in load_pool(recipe.resolve_path(recipe.targets.prompts))}
 
 
 def test_splits(run_dir: Path) -> list[str]:

@@ -284,7 +284,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "eval",
-        1,
+        2,
         lambda r: {
             "seed": r.seed,
             "llm": r.model.llm,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from learning import OPTIMIZER, on_tiny_models, tiny_examples
 
+from speech_llm.evaluation import asked_in_training
 from speech_llm.examples import Example, write_examples
 from speech_llm.files import read_jsonl
 from speech_llm.recipe import Recipe, load_recipe
@@ -43,6 +44,17 @@ def test_pools_of_a_recipe_are_there(name: str) -> None:
     for phase in recipe.phase_recipes or [recipe]:
         assert load_pool(phase.resolve_path(phase.targets.prompts))
         assert load_pool(phase.resolve_path(phase.eval.prompts))
+
+
+def test_instructions_count_as_trained_on_only_where_the_targets_asked_them() -> None:
+    asked = {
+        name: asked_in_training(load_recipe(FOLDER / f"{name}.yaml"))
+        for name in ("desta", "blsp", "naive_sft")
+    }
+    marked = {prompt.text for prompt in load_pool(FOLDER / "prompts" / "quickstart_eval.yaml") if prompt.seen}
+    assert marked <= asked["desta"]
+    assert not marked & asked["blsp"]
+    assert not asked["naive_sft"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
