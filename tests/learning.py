@@ -54,17 +54,37 @@ def on_tiny_models(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(speech_llm.model, "build_model", build)
 
 
-def tiny_examples(folder: Path, clips: int = 6) -> list[Example]:
-    """Sounds that are low or high, with a description, and two questions about each."""
+def tones(folder: Path, clips: int) -> list[tuple[Path, str]]:
+    """Sounds c0.wav, c1.wav, ... that are low ("male") or high ("female") in turn, each a little longer than the one before."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    examples = []
+    made = []
     for i in range(clips):
-        gender = ("male", "female")[i % 2]
         time_s = np.arange(8000 + 400 * i) / 16_000
         tone = np.sin(2 * np.pi * (120, 400)[i % 2] * time_s) + 0.05 * rng.normal(size=len(time_s))
         path = folder / f"c{i}.wav"
         soundfile.write(path, 0.3 * tone, 16_000)
+        made.append((path, ("male", "female")[i % 2]))
+    return made
+
+
+def asked_tones(folder: Path, clips: int) -> tuple[list[Example], list[dict[str, Any]]]:
+    """Examples with two questions about each of `tones`, and the clips as the describe stage would tell them."""
+    examples, described = [], []
+    for path, gender in tones(folder, clips):
+        described.append(
+            {"id": path.stem, "audio": str(path), "attributes": {"gender": gender}, "description": gender}
+        )
+        for question in ("who?", "man or woman?"):
+            turns = [user_turn(question, {"path": str(path)}), {"role": "assistant", "content": gender}]
+            examples.append(Example(id=f"{path.stem}/{question}", messages=turns))
+    return examples, described
+
+
+def tiny_examples(folder: Path, clips: int = 6) -> list[Example]:
+    """Sounds that are low or high, with a description, and two questions about each."""
+    examples = []
+    for i, (path, gender) in enumerate(tones(folder, clips)):
         examples += [
             Example(
                 id=f"c{i}/{question}",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
-import soundfile
 import torch
+from learning import asked_tones
 from tiny_models import tiny_model
 
 import speech_llm.model
@@ -45,20 +44,7 @@ def text_rows() -> list[Example]:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path, Path]:
     """Audio Examples (six sounds, two questions each), text rows, described clips."""
-    rng = np.random.default_rng(0)
-    examples, described = [], []
-    for i in range(6):
-        gender = ("male", "female")[i % 2]
-        time_s = np.arange(8000 + 400 * i) / 16_000
-        tone = np.sin(2 * np.pi * (120, 400)[i % 2] * time_s) + 0.05 * rng.normal(size=len(time_s))
-        path = tmp_path / f"c{i}.wav"
-        soundfile.write(path, 0.3 * tone, 16_000)
-        described.append(
-            {"id": f"c{i}", "audio": str(path), "attributes": {"gender": gender}, "description": gender}
-        )
-        for question in ("who?", "man or woman?"):
-            turns = [user_turn(question, {"path": str(path)}), {"role": "assistant", "content": gender}]
-            examples.append(Example(id=f"c{i}/{question}", messages=turns))
+    examples, described = asked_tones(tmp_path, 6)
     write_examples(tmp_path / "examples.jsonl", examples)
     write_examples(tmp_path / "extra.jsonl", text_rows())
     write_jsonl(tmp_path / "train.jsonl", described)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
-import soundfile
 import torch
+from learning import asked_tones
 from tiny_models import tiny_model
 
 import speech_llm.model
@@ -18,7 +17,7 @@ import speech_llm.training.loop as loop
 import speech_llm.training.objectives as objectives
 import speech_llm.training.soft_words
 from speech_llm.errors import UserError
-from speech_llm.examples import Example, user_turn, write_examples
+from speech_llm.examples import write_examples
 from speech_llm.files import read_jsonl, write_jsonl
 from speech_llm.recipe import Recipe, load_recipe
 from speech_llm.training.soft_words import SoftWords
@@ -37,20 +36,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recipe:
 @pytest.fixture
 def data(tmp_path: Path) -> tuple[Path, Path]:
     """Examples and described clips: eight sounds, low or high, two questions each."""
-    rng = np.random.default_rng(0)
-    examples, described = [], []
-    for i in range(8):
-        gender = ("male", "female")[i % 2]
-        time_s = np.arange(8000 + 400 * i) / 16_000
-        tone = np.sin(2 * np.pi * (120, 400)[i % 2] * time_s) + 0.05 * rng.normal(size=len(time_s))
-        path = tmp_path / f"c{i}.wav"
-        soundfile.write(path, 0.3 * tone, 16_000)
-        described.append(
-            {"id": f"c{i}", "audio": str(path), "attributes": {"gender": gender}, "description": gender}
-        )
-        for question in ("who?", "man or woman?"):
-            turns = [user_turn(question, {"path": str(path)}), {"role": "assistant", "content": gender}]
-            examples.append(Example(id=f"c{i}/{question}", messages=turns))
+    examples, described = asked_tones(tmp_path, 8)
     write_examples(tmp_path / "examples.jsonl", examples)
     write_jsonl(tmp_path / "train.jsonl", described)
     return tmp_path / "examples.jsonl", tmp_path / "train.jsonl"
