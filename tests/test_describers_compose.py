@@ -13,7 +13,7 @@ from describers.wording import WORDING, check_wording
 from speech_llm.errors import UserError
 from speech_llm.recipe import DescribeSection, load_recipe
 from speech_llm.targets.prompts import PoolPrompt
-from speech_llm.targets.run import Questioner
+from speech_llm.targets.questions import Questioner
 
 KNOWN: dict[str, Any] = {
     "transcript": "Good morning.", "gender": "male", "pitch": "low", "volume": "loud", "emotion": "happy", "noise": "clean",

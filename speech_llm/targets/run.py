@@ -35,7 +35,6 @@ from speech_llm.targets.questions import (
     Questioner,
     asked_first,
     choose_prompts,
-    needs,
     read_described,
 )
 from speech_llm.targets.rewrite import rewrite
@@ -46,8 +45,6 @@ from speech_llm.targets.verify import closed_options
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
-
-__all__ = ["Questioner", "asked_first", "needs", "read_described", "write_rows", "write_targets"]
 
 STRATEGIES: dict[str, Callable[[Row, Desk], Writing]] = {
     "self": own_answer,

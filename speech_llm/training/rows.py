@@ -18,7 +18,7 @@ from typing import Any
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.packing import Pack, Row, constant_prefix, pack_group, pack_rows
 from speech_llm.examples import Example, Message
-from speech_llm.targets.teacher import Question
+from speech_llm.targets.questions import Question
 from speech_llm.targets.verify import closed_options
 from speech_llm.training.pairs import wrong_answer
 

@@ -38,7 +38,7 @@ def warm_up(
 
     Tuned soft words are kept in `out_dir`, so that a run killed during the alignment need not tune them again.
     """
-    from speech_llm.targets.run import read_described
+    from speech_llm.targets.questions import read_described
     from speech_llm.training.align import align
     from speech_llm.training.soft_words import SoftWords, learn_soft_words
 
