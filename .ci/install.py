@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 WHAT = ".[dev,demo]"
+# Packages that come with a library of their own on some platforms and without it as `any`: where one version's files lie in
+# several indexes, uv looks at the first index alone and can bring the wrong one; pip chooses among all of them.
+WITH_LIBRARY = ("soundfile", "torchaudio")
 # A setting of pip -> the variable by which uv is told the same, and what stands between several values.
 TOLD = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
@@ -48,6 +51,33 @@ def uv_environment(config: str) -> dict[str, str]:
     return told
 
 
+def loads(python: Path, package: str) -> bool:
+    return (
+        subprocess.run([str(python), "-c", f"import {package}"], check=False, capture_output=True).returncode
+        == 0
+    )
+
+
+def version(python: Path, package: str) -> str:
+    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    return subprocess.run(
+        [str(python), "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def repair(python: Path, pip: list[str]) -> int:
+    """Bring again by pip what uv brought without the library that it needs; pip's exit code."""
+    broken = [package for package in WITH_LIBRARY if not loads(python, package)]
+    if not broken:
+        return 0
+    print(
+        f"uv brought {' and '.join(broken)} without the library it needs; once more with pip", file=sys.stderr
+    )
+    same = [f"{package}=={version(python, package)}" for package in broken]
+    again = [*pip, "install", "--quiet", "--no-compile", "--force-reinstall", "--no-deps", *same]
+    return subprocess.run(again, check=False).returncode
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
     python = next(p for p in (folder / "bin" / "python", folder / "Scripts" / "python.exe") if p.exists())
@@ -57,7 +87,7 @@ def main() -> int:
         command = [str(python), "-m", "uv", "pip", "install", "--quiet", "--python", str(python), "-e", WHAT]
         told = {name: value for name, value in uv_environment(config).items() if name not in os.environ}
         if subprocess.run(command, env={**os.environ, **told}, check=False).returncode == 0:
-            return 0
+            return repair(python, pip)
         print("uv could not install everything; once more with pip", file=sys.stderr)
     # Without byte code, which is written where it is used: a minute less.
     return subprocess.run([*pip, "install", "--quiet", "--no-compile", "-e", WHAT], check=False).returncode

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
+
+import pytest
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "install.py"
 spec = importlib.util.spec_from_file_location("install", SCRIPT)
@@ -40,3 +44,18 @@ def test_variables_go_before_files() -> None:
 
 def test_without_settings_uv_chooses_versions_as_pip_does() -> None:
     assert install.uv_environment("") == {"UV_INDEX_STRATEGY": "unsafe-best-match"}
+
+
+def test_what_uv_brought_without_its_library_is_brought_again_by_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = tmp_path / "pip"
+    pip = [sys.executable, "-c", f"import sys; open({str(written)!r}, 'w').write(' '.join(sys.argv[1:]))"]
+    assert install.repair(Path(sys.executable), pip) == 0
+    assert not written.exists()
+    monkeypatch.setattr(install, "loads", lambda python, package: package != "soundfile")
+    assert install.repair(Path(sys.executable), pip) == 0
+    asked = written.read_text().split()
+    assert asked[0] == "install"
+    assert "--force-reinstall" in asked
+    assert asked[-1] == f"soundfile=={importlib.metadata.version('soundfile')}"
