@@ -73,7 +73,9 @@ def load_checkpoint(
         }
         if entry:
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) if value.dim() else value for key, value in entry.items()
+                # Adam keeps its count of steps on the CPU; what is kept of a parameter lies beside it.
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in entry.items()
             }
     torch.set_rng_state(safetensors.torch.load_file(path / "random.safetensors")["torch"])
     return safetensors.torch.load_file(path / "trained.safetensors"), read_json(path / "state.json")
