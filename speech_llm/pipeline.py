@@ -259,6 +259,7 @@ STAGES: tuple[Stage, ...] = (
             "seed": r.seed,
             "model": _pick(r.model),
             "data": _pick(r.data, "max_duration_s"),
+            **({} if r.cache.dtype == "float16" else {"cache": _pick(r.cache, "dtype")}),
             "describe": _pick(r.describe, "labels", "form"),
             # What is mixed in counts as an input; a run without it keeps the key that it had.
             "mixture": {},
@@ -456,8 +457,11 @@ def run_stage(
     return manifest
 
 
-def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, int]:
-    """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected."""
+def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True, say: Say = print) -> dict[str, int]:
+    """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected.
+
+    `say` gets what the features will take on disk before the first is computed, and what they take in the end.
+    """
     if recipe.trainable.encoder_lora is not None:
         raise UserError(
             f"{recipe.path}: trainable.encoder_lora trains the encoder, so its features cannot be cached; "
@@ -465,20 +469,33 @@ def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict
         )
     import torch
 
-    from speech_llm.data.features import FeatureStore
+    from speech_llm.audio import AudioError, duration_s
     from speech_llm.model import build_model
     from speech_llm.precision import choose_dtype
-    from speech_llm.training.loop import feature_root
+    from speech_llm.training.loop import open_features
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = build_model(
-        recipe.model, recipe.trainable, choose_dtype(recipe.optimizer.precision, device)
+        recipe.model, recipe.trainable, dtype=choose_dtype(recipe.optimizer.precision, device)
     )
     model.to(device)
-    store = FeatureStore(feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s)
+    store = open_features(recipe, model, processor)
     tables = _tables(run_dir / "corpus")
     paths = [str((table.parent / row["audio"]).resolve()) for table in tables for _, row in read_jsonl(table)]
-    return store.fill(paths, progress)
+    lengths = []
+    for path in dict.fromkeys(paths):
+        with contextlib.suppress(AudioError):  # it will be rejected when it is read
+            lengths.append(duration_s(path))
+    bound = (
+        "no bound (cache.max_gb)" if recipe.cache.max_gb is None else f"cache.max_gb {recipe.cache.max_gb:g}"
+    )
+    say(
+        f"the features of {len(lengths):,} clips ({sum(lengths) / 60:,.1f} minutes) take about "
+        f"{store.predicted_bytes(lengths) / 1e6:,.1f} MB in {store.folder}; {bound}"
+    )
+    counts = store.fill(paths, progress)
+    say(f"all features in {store.entries.root} take {store.entries.size_bytes() / 1e6:,.1f} MB")
+    return counts
 
 
 def versions() -> dict[str, str]:

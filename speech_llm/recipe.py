@@ -170,6 +170,18 @@ class DataSection(Section):
         return self
 
 
+class CacheSection(Section):
+    max_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="the most that the encoder features of all runs may take on disk, GB: what other runs have not used for longest "
+        "makes room, then clips are encoded anew at each use; null = no bound",
+    )
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        default="float16", description="number format of the cached encoder features"
+    )
+
+
 # The describers that need no reference; `describers.run.DESCRIBERS`, which is slow to import, says the same.
 MEASURED = (
     "duration", "transcript", "labels", "pitch", "volume", "speed", "pauses", "noise", "reverberation",
@@ -303,6 +315,7 @@ class Recipe(Section):
     seed: NotNegative = Field(default=0, description="the same seed gives the same run")
     model: ModelSection = Field(default_factory=ModelSection, description="encoder, connector, LLM")
     data: DataSection = Field(description="where the clips come from")
+    cache: CacheSection = Field(default_factory=CacheSection, description="encoder features kept on disk")
     describe: DescribeSection = Field(default_factory=DescribeSection, description="from sound to text")
     targets: TargetsSection = Field(description="who writes the answers")
     mixture: MixtureSection = Field(

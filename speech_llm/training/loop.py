@@ -334,7 +334,7 @@ def open_features(recipe: Recipe, model: Any, processor: Any) -> FeatureStore:
     settings = recipe.model.encode, recipe.data.max_duration_s
     if recipe.trainable.encoder_lora is not None:
         return LiveFeatures(model, processor, *settings)
-    return FeatureStore(feature_root(), model, processor, *settings)
+    return FeatureStore(feature_root(), model, processor, *settings, recipe.cache.max_gb, recipe.cache.dtype)
 
 
 def feature_root() -> Path:
