@@ -19,6 +19,7 @@ from speech_llm.audio import duration_s
 from speech_llm.cli import _exit_code
 from speech_llm.data import entries as entries_module
 from speech_llm.data import features as features_module
+from speech_llm.data.encodings import measure_encodings
 from speech_llm.data.features import FeatureStore, feature_key
 from speech_llm.doctor import as_text, examine
 from speech_llm.errors import UserError
@@ -257,3 +258,11 @@ def test_the_cache_verb_and_doctor_say_the_size_before_anything_is_encoded(
     live = examine(load_recipe(QUICKSTART, [*sets, "trainable.encoder_lora={rank: 2}"]))
     assert live["recipe"]["estimate"]["features_gb"] == 0
     assert any("nothing is cached" in note for note in live["recipe"]["notes"])
+
+
+def test_the_encodings_are_compared_over_real_frames(tmp_path: Path, paths: list[str]) -> None:
+    found = measure_encodings(*tiny_model(), paths[:3])
+    assert found["frames"] == sum(store(tmp_path).frame_count(path) for path in paths[:3])
+    assert [row["layer"] for row in found["layers"]] == [1, 2, 3]
+    assert all(0 < row["difference"] < 1 and 0 < row["cosine"] <= 1 for row in found["layers"])
+    assert found["seconds"]["padded"] > found["seconds"]["own_length"]

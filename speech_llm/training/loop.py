@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.live import LiveFeatures
-from speech_llm.data.packing import plan_epoch
+from speech_llm.data.packing import TEXT_PACK_TOKENS, padding_share, plan_epoch, told_batches
 from speech_llm.errors import UserError
 from speech_llm.examples import read_examples
 from speech_llm.files import write_json, write_jsonl
@@ -98,6 +98,7 @@ def train(
         show,
         style=recipe.style,
         needs_context=recipe.loss.asks_base,
+        text_tokens=min(TEXT_PACK_TOKENS, settings.batch_tokens),
     )
     student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
     judge = verify_answers(data) if recipe.style == "rollout" else None
@@ -124,6 +125,9 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, names = make_optimizer(model, settings)
     steps = plan_steps(recipe, data, accelerator.num_processes)
+    batches = [batch for epoch, micro in steps for batch in micro if epoch == 0]
+    if show:
+        tqdm.write(f"an epoch: {told_batches(data.packs, batches, len(data.prefix))}")
     checkpoints = out_dir / "checkpoints"
     state: dict[str, Any] = {"seconds": 0.0, "align": None}
     found = latest_checkpoint(checkpoints)
@@ -257,6 +261,7 @@ def train(
         "align": state["align"],
         "objective": {"style": recipe.style, "loss": recipe.loss.type, **objective.told},
         "prefix_tokens": len(data.prefix),
+        "padding_share": round(padding_share(data.packs, batches), 4),
         "rows_per_s": round(rows_seen / max(1e-9, time.perf_counter() - began), 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "seconds_training": round(state["seconds"], 1),
