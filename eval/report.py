@@ -33,13 +33,13 @@ PEERS = {
     "ceiling": "the text LLM reads the description",
     "teacher": "the text LLM reads the description, after one worked example",
 }
-_COLOURS = {"answer": "#1668a8", "keys": "#2a9d6f", "strict": "#c7702b", "repaired": "#8a63b8"}
+_COLOURS = {"answer": "#1668a8", "schema": "#2a9d6f", "strict": "#c7702b", "repaired": "#8a63b8"}
 # Where a probe stands that does not end an epoch.
 _PLACES = {0: "before", 0.5: "warm-up"}
 _LEVELS = {
     "strict": "is JSON",
     "repaired": "is JSON once repaired",
-    "keys": "has the right keys",
+    "schema": "has the right keys",
     "answer": "and the right answer",
 }
 
@@ -246,18 +246,24 @@ def _frozen(parts: dict[str, dict[str, int]] | None) -> str:
 
 def json_curve(results: dict[str, Any]) -> str | None:
     """The JSON probe's rates per epoch on audio, with the base LLM's own rates on the description as lines."""
-    probes = results.get("probes") or []
+    probes = [row for row in results.get("probes") or [] if "json" in row]
     if not probes:
         return None
-    base = (results.get("base_probe") or {}).get("ceiling")
+    base = (results.get("base_probe") or {}).get("json")
 
     def draw(axes: Any) -> None:
         epochs = [row["epoch"] for row in probes]
-        for level in ("strict", "keys", "answer"):
-            rates = [100 * (row["audio"][level] or 0) for row in probes]
+        for level in ("strict", "schema", "answer"):
+            rates = [100 * row["json"][f"audio {level}"]["value"] for row in probes]
             axes.plot(epochs, rates, marker="o", color=_COLOURS[level], label=_LEVELS[level], linewidth=1.8)
             if base:
-                axes.axhline(100 * base[level], color=_COLOURS[level], linewidth=1, linestyle="--", alpha=0.7)
+                axes.axhline(
+                    100 * base[f"text {level}"]["value"],
+                    color=_COLOURS[level],
+                    linewidth=1,
+                    linestyle="--",
+                    alpha=0.7,
+                )
         axes.set(xlabel="epoch", ylabel="% of answers", ylim=(-3, 103))
         axes.set_xticks(epochs, [_PLACES.get(epoch, f"{epoch:g}") for epoch in epochs])
         axes.legend(frameon=False, loc="best", fontsize=8)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from eval.general import CHOICE, pick_choices
 from eval.matching import match_option, normalise_text, spoken_words
 from eval.stats import bootstrap_ratio, chance, majority, wilson_interval
 from eval.tasks import Instance, Task
@@ -37,7 +38,7 @@ def score_answer(instance: Instance, response: str) -> dict[str, Any]:
     if instance.metric == "option":
         match = match_option(response, instance.options or [], instance.synonyms)
         return {"parsed": match.value, "score": float(match.value == instance.label), "reason": match.reason}
-    if instance.metric == "exact":
+    if instance.metric in ("exact", CHOICE):
         # Dynamic-SUPERB's own metric: the same string, whatever its case.
         said = response.strip()
         return {"parsed": said or None, "score": float(said.casefold() == instance.label.strip().casefold())}
@@ -74,7 +75,8 @@ def summarise(instances: Sequence[Instance], rows: Sequence[dict[str, Any]]) -> 
         "unparsed": unparsed,
         "interval": _rounded(wilson_interval(right, n)),
         "chance": chance(options),
-        "majority": majority(labels),
+        # Where every instance has options of its own, no label is frequent.
+        "majority": None if instances and instances[0].metric == CHOICE else majority(labels),
     }
 
 
@@ -105,7 +107,17 @@ def evaluate(
                     journal.append({"key": key, "response": text})
                     bar.update()
 
-            for place, text in enumerate(responder.respond([chosen[i][1].messages for i in todo], done)):
+            spoken = [place for place, i in enumerate(todo) if chosen[i][1].metric != CHOICE]
+            texts = responder.respond(
+                [chosen[todo[place]][1].messages for place in spoken],
+                lambda number, text: done(spoken[number], text),
+            )
+            for place, text in zip(spoken, texts, strict=True):
+                done(place, text)
+            picked = [place for place, i in enumerate(todo) if chosen[i][1].metric == CHOICE]
+            for place, text in zip(
+                picked, pick_choices(responder, [chosen[todo[p]][1] for p in picked]), strict=True
+            ):
                 done(place, text)
     return _write_results(chosen, [answers[key] for key in keys], tasks, out_dir)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -17,6 +18,43 @@ def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, flo
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class Rate(TypedDict):
+    """One figure of a probe: its value, 95 % interval, over how many, and which way is good."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    better: Literal["higher", "lower"]
+
+
+def rate(hits: int, n: int, better: Literal["higher", "lower"] = "higher") -> Rate:
+    """A share with its Wilson interval; of nothing, 0 in (0, 1)."""
+    low, high = wilson_interval(hits, n)
+    return {
+        "value": round(hits / n, 4) if n else 0.0,
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "n": n,
+        "better": better,
+    }
+
+
+def mean_rate(
+    sums: Sequence[float], counts: Sequence[float], better: Literal["higher", "lower"] = "lower"
+) -> Rate:
+    """sum(sums) / sum(counts) with its bootstrap interval over rows: a mean per token of rows of unlike length."""
+    low, high = bootstrap_ratio(sums, counts)
+    total = sum(counts)
+    return {
+        "value": round(sum(sums) / total, 5) if total else 0.0,
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "n": len(sums),
+        "better": better,
+    }
 
 
 def bootstrap_ratio(

@@ -15,12 +15,13 @@ from speech_llm.errors import UserError, nearest
 from speech_llm.examples import Message, audio_parts
 from speech_llm.files import read_jsonl, write_jsonl
 
-METRICS = ("option", "wer", "exact")
+METRICS = ("option", "wer", "exact", "choice")
 
 
 @dataclass
 class Instance:
-    """One question. `metric`: "option" (names the right one of `options`), "wer" (words said), "exact" (same string)."""
+    """One question. `metric`: "option" (names the right one of `options`), "wer" (words said), "exact" (same string),
+    "choice" (the likeliest of `options` as the continuation of the last turn's text)."""
 
     id: str
     messages: list[Message]
@@ -69,16 +70,22 @@ def write_task(task: Task, path: Path) -> None:
 
 
 def load_tasks(spec: str) -> list[Task]:
-    """Tasks from `jsonl:FILE` (or a path that ends in .jsonl). Bad lines are kept in the task's `rejects`.
+    """Tasks from `jsonl:FILE` (or a path that ends in .jsonl), `general` or `general:NAME`. Bad lines are kept in the task's `rejects`.
 
     Raises `UserError` for an unknown form, a missing file, or a file without one usable line.
     """
     kind, _, rest = spec.partition(":")
     if kind == "jsonl" and rest:
         return _load_jsonl(Path(rest))
+    if kind == "general":
+        from eval.general import general_tasks
+
+        return general_tasks([rest] if rest else None)
     if spec.endswith(".jsonl"):
         return _load_jsonl(Path(spec))
-    raise UserError(f"unknown task {spec!r}; give jsonl:FILE.{nearest(kind, ['jsonl'])}")
+    raise UserError(
+        f"unknown task {spec!r}; give jsonl:FILE, general or general:NAME.{nearest(kind, ['jsonl', 'general'])}"
+    )
 
 
 def _load_jsonl(path: Path) -> list[Task]:
@@ -120,9 +127,9 @@ def _instance(row: dict[str, Any], path: Path, number: int) -> tuple[Instance, s
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}")
     options = row.get("options")
-    if metric == "option":
+    if metric in ("option", "choice"):
         if not isinstance(options, Sequence) or isinstance(options, str) or len(options) < 2:
-            raise ValueError("metric 'option' needs a list 'options' of at least two")
+            raise ValueError(f"metric {metric!r} needs a list 'options' of at least two")
         if label not in options:
             raise ValueError(f"the label {label!r} is not among the options {options}")
     for part in audio_parts(messages):

@@ -327,7 +327,7 @@ def _estimate(
         * llm["parameters"]
         + recipe.optimizer.align_epochs * count["train"] * ALIGN_OPERATIONS
         + all_clips * 2 * encoder_parameters * clips["mean_s"] * FRAMES_PER_S
-        + (recipe.optimizer.epochs + 2) * recipe.eval.json_probe.limit * answer_cost,
+        + (recipe.optimizer.epochs + 2) * _probed(recipe) * answer_cost,
         "eval": answers * NEW_ANSWERS * answer_cost,
     }
     width = llm.get("width", 2048)
@@ -539,3 +539,13 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
     if not recipe["problems"]:
         lines.append(f"Ready: speech-llm run {recipe['path']}")
     return lines
+
+
+def _probed(recipe: Recipe) -> int:
+    """Answers that the probes ask for at each place."""
+    settings, asked = recipe.eval, 0
+    if "json" in settings.probes and settings.json_probe.limit:
+        asked += settings.json_probe.limit + settings.json_probe.other_wordings
+    if "forgetting" in settings.probes:
+        asked += 2 * settings.forgetting_probe.limit
+    return asked

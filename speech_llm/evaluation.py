@@ -9,26 +9,23 @@ The peers answer the same questions: the *ceiling* (the text LLM given the descr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.json_probe import score_json, summarise_json
 from eval.runner import evaluate
 from eval.tasks import Instance, Task, load_tasks, write_task
 from speech_llm.errors import UserError
-from speech_llm.examples import Message, user_turn
-from speech_llm.files import read_json, read_jsonl, write_json, write_jsonl
+from speech_llm.examples import user_turn
+from speech_llm.files import read_json, read_jsonl, write_json
+from speech_llm.probes import read_probes
 from speech_llm.targets.prompts import PoolPrompt, load_pool
 from speech_llm.targets.questions import Questioner, needs, read_described
 from speech_llm.targets.verify import closed_options, options_synonyms
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
-
-# Asked by the JSON probe.
-JSON_PROMPT = 'Tell me the {name} of the speaker. Answer in JSON with the key "answer".'
 
 
 def build_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
@@ -153,109 +150,6 @@ def _instance(
     )
 
 
-class JsonProbe:
-    """ "Does it still answer in JSON, and rightly?" asked on audio and on text, before training and after every epoch."""
-
-    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
-        settings = recipe.eval.json_probe
-        clips = read_described(run_dir / "describe" / "test.jsonl")
-        questioner = _questioner(recipe, run_dir)
-        options = closed_options([clip["attributes"] for clip in [*questioner.clips, *clips]])
-        names = [name for name in settings.attributes if name in options]
-        self.items: list[dict[str, Any]] = []
-        for number, clip in enumerate(clips):
-            if not names or len(self.items) >= settings.limit:
-                break
-            name = names[number % len(names)]
-            if name not in clip["attributes"]:
-                continue
-            text = JSON_PROMPT.format(name=name.replace("_", " "))
-            prompt = PoolPrompt(
-                "json-probe", text, (name,), f'{{{{"answer": "{{{name}}}"}}}}', {"answer": name}
-            )
-            question = questioner.question(clip["attributes"], prompt, clip["id"])
-            audio: dict[str, Any] = {
-                "path": clip["audio"],
-                "description": question.context,
-                "transcript": clip["attributes"].get("transcript", ""),
-            }
-            if question.example is not None:
-                audio["example"] = {"context": question.example[0], "answer": question.example[1]}
-            self.items.append(
-                {
-                    "id": clip["id"],
-                    "messages": [user_turn(text, audio)],
-                    "label": clip["attributes"][name],
-                    "options": options[name],
-                    "synonyms": options_synonyms(name, options[name]),
-                }
-            )
-
-    def conversations(self) -> list[list[Message]]:
-        return [item["messages"] for item in self.items]
-
-    def text_conversations(self) -> list[list[Message]]:
-        """The same questions with the description in place of the sound."""
-        out = []
-        for item in self.items:
-            parts = item["messages"][0]["content"]
-            out.append([{"role": "user", "content": f"{parts[0]['description']}\n{parts[1]['text']}"}])
-        return out
-
-    def score(self, answers: Sequence[str]) -> dict[str, Any]:
-        """Rates of strict parse, parse after repair, right keys, right answer; see `eval.json_probe`."""
-        schema = {"type": "object", "required": ["answer"], "properties": {"answer": {"type": "string"}}}
-        return summarise_json(
-            [
-                score_json(
-                    answer, schema, label=item["label"], options=item["options"], synonyms=item["synonyms"]
-                )
-                for item, answer in zip(self.items, answers, strict=True)
-            ]
-        )
-
-    def rows(self, answers: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
-        return [
-            {"id": item["id"], "label": item["label"], "audio_answer": answer, "text_answer": text}
-            for item, answer, text in zip(self.items, answers, texts, strict=True)
-        ]
-
-
-def make_probe(recipe: Recipe, run_dir: Path) -> Callable[[Any, Any, float], dict[str, Any]] | None:
-    """The probe that the training loop calls before the first step, after the warm-up and after every epoch; None when switched off."""
-    if not recipe.eval.json_probe.limit:
-        return None
-    probe = JsonProbe(recipe, run_dir)
-    if not probe.items:
-        return None
-    text_results: dict[str, Any] = {}
-
-    def run(model: Any, processor: Any, epoch: float) -> dict[str, Any]:
-        from speech_llm.responders import SpeechResponder
-        from speech_llm.training.loop import open_features
-
-        features = open_features(recipe, model, processor)
-        responder = SpeechResponder(
-            model, processor, features, recipe.eval.json_probe.max_new_tokens, recipe.eval.batch_tokens
-        )
-        answers = responder.respond(probe.conversations())
-        # With a frozen LLM, or adapters that only audio switches on, the text path cannot change: asked once.
-        if not text_results or not model.text_path_is_base:
-            texts = responder.respond(probe.text_conversations())
-            text_results.update(texts=texts, scores=probe.score(texts))
-        write_jsonl(
-            run_dir / "train" / "probes" / f"json-{epoch:g}.jsonl",
-            probe.rows(answers, text_results["texts"]),
-        )
-        return {
-            "audio": probe.score(answers),
-            "text": text_results["scores"],
-            "text_path_is_base": bool(model.text_path_is_base),
-        }
-
-    return run
-
-
 def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, Any]:
     """Evaluate the run's model and its peers on all tasks; writes `results.json`; resumable per answer."""
     from speech_llm.assets import load_answering_llm
@@ -268,8 +162,6 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
     tasks = [task for path in sorted((out / "tasks").glob("*.jsonl")) for task in load_tasks(f"jsonl:{path}")]
     settings = recipe.eval
     results: dict[str, Any] = {}
-    probe = JsonProbe(recipe, run_dir)
-    base_probe: dict[str, Any] = {}
     base: tuple[Any, Any] | None = None
     for name in settings.models:
         if name == "speech_llm":
@@ -291,13 +183,7 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
         results[name] = evaluate(
             responder, tasks, out / name, limit=settings.limits.get(name, settings.limit), progress=progress
         )
-        if name in ("ceiling", "teacher") and probe.items:
-            base_probe[name] = probe.score(responder.respond(probe.conversations()))
-    probes = [
-        {"epoch": row["epoch"], **row["probe"]}
-        for _, row in read_jsonl(run_dir / "train" / "log.jsonl")
-        if "probe" in row
-    ]
+    probes, base_probe = read_probes(run_dir)
     summary: dict[str, Any] = {"models": results, "probes": probes, "base_probe": base_probe}
     if settings.lora_scale is not None:
         summary["lora_scale"] = settings.lora_scale

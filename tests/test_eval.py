@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eval.json_probe import score_json, summarise_json
+from eval.json_probe import OTHER_WORDINGS, PLAIN, JsonScore, grid, json_series, score_json
 from eval.matching import match_option, spoken_words
 from eval.runner import evaluate, score_answer, score_responses
 from eval.stats import bootstrap_ratio, chance, majority, mcnemar, wilson_interval
@@ -124,8 +124,60 @@ SCHEMA = {"type": "object", "required": ["answer"], "properties": {"answer": {"t
 )
 def test_json_answers_fail_at_the_level_where_they_fail(answer: str, levels: tuple[bool, ...]) -> None:
     score = score_json(answer, SCHEMA, label="male", options=GENDER, synonyms=SYNONYMS)
-    assert (score.strict, score.repaired, score.keys, score.answer) == levels
-    assert summarise_json([score])["answer"] == float(levels[3])
+    assert (score.strict, score.repaired, score.schema, score.answer) == levels
+    assert json_series([score], "audio")["audio answer"]["value"] == float(levels[3])
+
+
+# An answer to each wording, about a gender, in the form asked for.
+IN_FORM = {
+    "plain": '{"answer": "male"}',
+    "result": '{"result": "Male"}',
+    "value": '{"value": "a male speaker"}',
+    "own-key": '{"gender": "male"}',
+    "label": '{"label": "male"}',
+    "nested": '{"speaker": {"gender": "male"}}',
+    "two-keys": '{"answer": "male", "confidence": 0.9}',
+    "list": '{"answers": ["male"]}',
+}
+
+
+@pytest.mark.parametrize("wording", [PLAIN, *OTHER_WORDINGS], ids=lambda wording: wording.id)
+def test_each_wording_takes_its_own_form_and_no_other(wording: Any) -> None:
+    def score(answer: str) -> JsonScore:
+        return score_json(
+            answer,
+            wording.schema("gender"),
+            label="male",
+            options=GENDER,
+            synonyms=SYNONYMS,
+            path=wording.keys("gender"),
+        )
+
+    assert "gender" in wording.prompt("gender")
+    assert set(IN_FORM) == {PLAIN.id, *(other.id for other in OTHER_WORDINGS)}
+    for form, answer in IN_FORM.items():
+        found = score(answer)
+        assert found.strict
+        assert found.named
+        assert found.schema == found.answer == (form == wording.id), form
+    wrong_type = (
+        IN_FORM[wording.id].replace('"male"', "1").replace('"Male"', "1").replace('"a male speaker"', "1")
+    )
+    assert not score(wrong_type).schema
+
+
+def test_format_and_answer_are_told_apart() -> None:
+    answers = {
+        '{"answer": "male"}': "both",
+        '{"answer": "female"}': "format only",
+        "A male speaker.": "answer only",
+        '{"answer": "male"': "answer only",
+        '{"gender": "male"}': "answer only",
+        "I cannot tell.": "neither",
+    }
+    for answer, cell in answers.items():
+        score = score_json(answer, PLAIN.schema("gender"), label="male", options=GENDER, synonyms=SYNONYMS)
+        assert grid([score]) == {name: int(name == cell) for name in grid([])}, answer
 
 
 class Echo:

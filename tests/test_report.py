@@ -25,13 +25,18 @@ def a_result(right: float, n: int = 10) -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "a <run>"
-    rates = {"n": 4, "strict": 0.5, "repaired": 0.75, "keys": 0.5, "answer": 0.25, "intervals": {}}
+    levels = {"strict": 0.5, "repaired": 0.75, "schema": 0.5, "answer": 0.25}
+    rates = {
+        f"{name} {level}": {"value": value, "low": 0.1, "high": 0.9, "n": 4, "better": "higher"}
+        for name in ("audio", "text")
+        for level, value in levels.items()
+    }
     write_json(
         folder / "results.json",
         {
             "models": {"speech_llm": {"gender": a_result(0.9)}, "ceiling": {"gender": a_result(0.8)}, "teacher": {"gender": a_result(1.0)}},
-            "probes": [{"epoch": 0, "audio": rates, "text": rates}, {"epoch": 1, "audio": rates, "text": rates}],
-            "base_probe": {"ceiling": rates},
+            "probes": [{"epoch": 0, "json": rates}, {"epoch": 1, "json": rates}],
+            "base_probe": {"json": rates},
             "training": {"parameters": {"trained": 3_790_000}, "steps": 2, "rows": 20, "epochs": 1},
         },
     )  # fmt: skip

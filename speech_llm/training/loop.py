@@ -56,13 +56,15 @@ def train(
     progress: bool = True,
     start_from: Path | None = None,
     extra_examples: Path | None = None,
+    ask_base: Callable[[Any, Any], None] | None = None,
 ) -> dict[str, Any]:
     """Train by a recipe; resumes from the newest checkpoint under `out_dir`; writes the model to `model_dir`.
 
     `described`: the described training clips, for the connector's warm-up. `probe(model, processor, epoch)` is called
     before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. `extra_examples`: rows
-    mixed in after those of `examples`. `start_from`: a trained model whose weights this training goes on from. Returns the
-    counts of the stage.
+    mixed in after those of `examples`. `start_from`: a trained model whose weights this training goes on from.
+    `ask_base(model, processor)` is called once, with the base LLM, before anything that was trained is loaded. Returns the counts
+    of the stage.
     """
     from accelerate import Accelerator
 
@@ -119,6 +121,10 @@ def train(
         )
     # The base LLM is asked before anything that was trained is loaded.
     objective = make_objective(recipe, student, data, origin, judge, out_dir, show)
+    if ask_base is not None and main and latest_checkpoint(out_dir / "checkpoints") is None:
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            ask_base(model, processor)
     if start_from is not None:
         _load_start(model, start_from)
 
@@ -150,7 +156,7 @@ def train(
         with torch.random.fork_rng(), torch.no_grad():
             started = time.perf_counter()
             result = probe(model, processor, epoch)
-        log.write({"probe": result, "epoch": epoch, "seconds": round(time.perf_counter() - started, 1)})
+        log.write({**result, "epoch": epoch, "seconds": round(time.perf_counter() - started, 1)})
 
     def checkpoint(step: int) -> None:
         if main:

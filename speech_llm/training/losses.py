@@ -54,19 +54,23 @@ def kl_top_k_sum(
 
     `logits`: (n, vocabulary). `top_ids`, `top_log_probs`: (n, k), the teacher's log-probabilities at `temperature`.
     """
+    return _scaled_sum(kl_top_k(logits, top_ids, top_log_probs, temperature), temperature, weights)
+
+
+def kl_top_k(logits: Tensor, top_ids: Tensor, top_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
+    """(n,) the divergence at each place, as `kl_top_k_sum` sums it, without its factor."""
     student = (logits.float() / temperature).log_softmax(-1)
     top = student.gather(1, top_ids)
     teacher = top_log_probs.float()
     inside = (teacher.exp() * (teacher - top)).sum(-1)
     if top_ids.shape[1] >= student.shape[1]:  # no token is left for the tail
-        return _scaled_sum(inside, temperature, weights)
+        return inside
     # Under 1e-6 the teacher's tail is rounding.
     rest = 1 - teacher.exp().sum(-1)
     rest = torch.where(rest > 1e-6, rest, torch.zeros_like(rest))
     # The student's tail from its own tokens: 1 - sum would lose all digits where the tail is small.
     student_rest = student.scatter(1, top_ids, -math.inf).logsumexp(-1)
-    tail = rest * (rest.clamp(min=1e-12).log() - student_rest)
-    return _scaled_sum(inside + tail, temperature, weights)
+    return inside + rest * (rest.clamp(min=1e-12).log() - student_rest)
 
 
 def _scaled_sum(values: Tensor, temperature: float, weights: Tensor | None) -> Tensor:
