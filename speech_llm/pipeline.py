@@ -186,6 +186,30 @@ def _splits(folder: Path) -> list[str]:
     return [split for split in SPLITS if (folder / f"{split}.jsonl").exists()]
 
 
+def _rows_part(recipe: Recipe) -> dict[str, Any]:
+    """How rows are streamed, without the names of files, whose contents count."""
+    section = _pick(recipe.data, "rows", "step_rows")
+    for item in section["rows"]:
+        for key in recipe.row_paths(item):
+            item[key] = "file"
+    return section
+
+
+def _row_files(recipe: Recipe) -> list[Path]:
+    """The files of `data.rows`; a folder that is streamed counts by its files too."""
+    from speech_llm.data.shards import shard_files
+
+    files: list[Path] = []
+    for source in recipe.data.rows:
+        for key, path in recipe.row_paths(source.model_dump()).items():
+            files += (
+                shard_files(str(source.path), path)
+                if key == "path"
+                else [f for f in sorted(path.rglob("*")) if f.is_file()]
+            )
+    return files
+
+
 def _pick(section: Any, *keys: str) -> dict[str, Any]:
     values = section.model_dump(mode="json")
     return {key: values[key] for key in keys} if keys else values
@@ -261,6 +285,7 @@ STAGES: tuple[Stage, ...] = (
             "seed": r.seed,
             "model": _pick(r.model),
             "data": _pick(r.data, "max_duration_s"),
+            **({"rows": _rows_part(r)} if r.data.stream else {}),
             **({} if r.cache.dtype == "float16" else {"cache": _pick(r.cache, "dtype")}),
             "describe": _pick(r.describe, "labels", "form"),
             # What is mixed in counts as an input; a run without it keeps the key that it had.
@@ -277,6 +302,7 @@ STAGES: tuple[Stage, ...] = (
         lambda r, run: [
             run / "targets" / "examples.jsonl",
             *([run / "mixture" / "examples.jsonl"] if _mixes(r) else []),
+            *_row_files(r),
             run / "describe" / "train.jsonl",
             run / "describe" / "test.jsonl",
             *_local_models(r.model.llm, r.model.encoder),

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from speech_llm.errors import UserError, nearest
+from speech_llm.recipe_data import CacheSection, RowsSource, check_stream
 from speech_llm.recipe_errors import sentence
 from speech_llm.recipe_eval import EvalSection
 from speech_llm.recipe_file import Source, read_recipe_file
@@ -144,6 +145,15 @@ class DataSection(Section):
     max_duration_s: float = Field(
         default=30.0, gt=0, le=30, description="longer clips are left out and counted, seconds"
     )
+    stream: bool = Field(
+        default=False,
+        description="render rows when their step comes: training begins at once and memory stays flat however many they are",
+    )
+    rows: list[RowsSource] = Field(
+        default_factory=list,
+        description="rows that are trained on as they are, beside the targets' and the mixture's; needs stream",
+    )
+    step_rows: Positive = Field(default=64, description="rows of an optimiser step, with stream")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -167,18 +177,6 @@ class DataSection(Section):
                 "for example train: {split: train} and test: {split: dev}",
             )
         return self
-
-
-class CacheSection(Section):
-    max_gb: float | None = Field(
-        default=None,
-        gt=0,
-        description="the most that the encoder features of all runs may take on disk, GB: what other runs have not used for longest "
-        "makes room, then clips are encoded anew at each use; null = no bound",
-    )
-    dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        default="float16", description="number format of the cached encoder features"
-    )
 
 
 # The describers that need no reference; `describers.run.DESCRIBERS`, which is slow to import, says the same.
@@ -379,6 +377,7 @@ class Recipe(Section):
         if not self.eval.json_probe.attributes:
             self.eval.json_probe.attributes = list(self.eval.attributes)
         check_learning(self)
+        check_stream(self)
         return self
 
     def _targets_consistent(self, attributes: list[str]) -> None:
@@ -427,6 +426,11 @@ class Recipe(Section):
         named = {key: self.resolve_path(source[key]) for key in MIXTURE_PATH_KEYS if source.get(key)}
         return {key: path for key, path in named.items() if key != "dataset" or path.is_dir()}
 
+    def row_paths(self, source: dict[str, Any]) -> dict[str, Path]:
+        """Files and folders that one item of `data.rows` names, by key; a hub dataset's name is none."""
+        named = {key: self.resolve_path(source[key]) for key in ("path", "dataset") if source.get(key)}
+        return {key: path for key, path in named.items() if key != "dataset" or path.is_dir()}
+
     def to_yaml(self, command: str | None = None) -> str:
         """The whole recipe, defaults included and paths made absolute, so that it means the same anywhere."""
         values = self.model_dump(mode="json")
@@ -440,6 +444,8 @@ class Recipe(Section):
         if probe["attributes"] == values["eval"]["attributes"]:
             probe["attributes"] = []  # which says the same, and of every phase its own
         values["phases"] = [self._phase_values(phase) for phase in self.phases]
+        for item in values["data"]["rows"]:
+            item.update({key: str(path.resolve()) for key, path in self.row_paths(item).items()})
         for item in values["mixture"]["sources"]:
             item.update({key: str(path.resolve()) for key, path in self.mixture_paths(item).items()})
         head = f"# {command}\n" if command else ""

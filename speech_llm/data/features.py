@@ -105,6 +105,7 @@ class FeatureStore:
         self._entry: dict[str, Path] = {}
         self._frames: dict[str, int] = {}
         self._folder: Path | None = None
+        self._tidied = False
 
     @property
     def folder(self) -> Path:
@@ -120,6 +121,11 @@ class FeatureStore:
             digest = sha256_file(path)
             self._entry[path] = self.folder / digest[:2] / f"{digest[2:34]}{SUFFIX}"
         return self._entry[path]
+
+    def forget(self) -> None:
+        """Forget which clips were asked for, so that memory does not grow with how many there are; entries stay."""
+        self._entry.clear()
+        self._frames.clear()
 
     def load(self, path: str) -> Tensor:
         """Features (frames, taps, width) of one clip; encodes it when it is not stored (yet)."""
@@ -171,7 +177,9 @@ class FeatureStore:
         the last bit of their features, depends on `paths` alone: what was stored before a kill and after it
         is the same. Processes that fill together begin at different places and leave out what another has stored.
         """
-        self.entries.tidy()
+        if not self._tidied:
+            self.entries.tidy()
+            self._tidied = True
         usable = []
         for path in dict.fromkeys(paths):
             try:
@@ -214,19 +222,24 @@ class FeatureStore:
             if decoded is not None:
                 self._frames[path] = max(1, int(self.processor.frames(decoded[1])))
                 groups.setdefault(self._length(decoded[0]), []).append((path, decoded))
-        for group in groups.values():
-            for first in range(0, len(group), BATCH_CLIPS):
-                batch = group[first : first + BATCH_CLIPS]
-                wanted = [path for path, _ in batch if path in lacking]
-                if not wanted:
-                    continue
-                if self.entries.bound_met:
-                    counts["without_room"] += len(wanted)
-                    continue
-                for (path, _), features in zip(batch, self._encode([clip for _, clip in batch]), strict=True):
-                    if path in lacking:
-                        kept = self.entries.write(self.entry(path), features)
-                        counts["stored" if kept else "without_room"] += 1
+        batches = [
+            group[first : first + BATCH_CLIPS]
+            for group in groups.values()
+            for first in range(0, len(group), BATCH_CLIPS)
+        ]
+        rank, processes = _place()
+        turn = len(batches) * rank // processes
+        for batch in [*batches[turn:], *batches[:turn]]:
+            wanted = {path for path, _ in batch if path in lacking and not self.entry(path).exists()}
+            if not wanted:
+                continue
+            if self.entries.bound_met:
+                counts["without_room"] += len(wanted)
+                continue
+            for (path, _), features in zip(batch, self._encode([clip for _, clip in batch]), strict=True):
+                if path in wanted:
+                    kept = self.entries.write(self.entry(path), features)
+                    counts["stored" if kept else "without_room"] += 1
 
     def _length(self, samples: np.ndarray) -> int:
         """Clips of the same length share a batch; padded to the encoder's native length all are alike."""
