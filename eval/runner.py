@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from eval.general import CHOICE, pick_choices
 from eval.matching import match_option, normalise_text, spoken_words
+from eval.safety import IDENTITY, REFUSAL, verdict
 from eval.stats import bootstrap_ratio, chance, majority, wilson_interval
 from eval.tasks import Instance, Task
 from speech_llm.errors import UserError
@@ -42,6 +43,9 @@ def score_answer(instance: Instance, response: str) -> dict[str, Any]:
         # Dynamic-SUPERB's own metric: the same string, whatever its case.
         said = response.strip()
         return {"parsed": said or None, "score": float(said.casefold() == instance.label.strip().casefold())}
+    if instance.metric in (REFUSAL, IDENTITY):
+        said_as = verdict(instance.metric, response)
+        return {"parsed": said_as, "score": float(said_as == instance.label)}
     import jiwer
 
     reference, said = normalise_text(instance.label), normalise_text(spoken_words(response))
@@ -74,9 +78,11 @@ def summarise(instances: Sequence[Instance], rows: Sequence[dict[str, Any]]) -> 
         "n": n,
         "unparsed": unparsed,
         "interval": _rounded(wilson_interval(right, n)),
-        "chance": chance(options),
-        # Where every instance has options of its own, no label is frequent.
-        "majority": None if instances and instances[0].metric == CHOICE else majority(labels),
+        "chance": None if instances and instances[0].metric in (REFUSAL, IDENTITY) else chance(options),
+        # Where every instance has options of its own, no label is frequent; where one is right for all, the rate is the finding.
+        "majority": None
+        if instances and instances[0].metric in (CHOICE, REFUSAL, IDENTITY)
+        else majority(labels),
     }
 
 

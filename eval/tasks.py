@@ -15,13 +15,14 @@ from speech_llm.errors import UserError, nearest
 from speech_llm.examples import Message, audio_parts
 from speech_llm.files import read_jsonl, write_jsonl
 
-METRICS = ("option", "wer", "exact", "choice")
+METRICS = ("option", "wer", "exact", "choice", "refusal", "identity")
 
 
 @dataclass
 class Instance:
     """One question. `metric`: "option" (names the right one of `options`), "wer" (words said), "exact" (same string),
-    "choice" (the likeliest of `options` as the continuation of the last turn's text)."""
+    "choice" (the likeliest of `options` as the continuation of the last turn's text),
+    "refusal" and "identity" (see `eval.safety`)."""
 
     id: str
     messages: list[Message]
@@ -70,7 +71,8 @@ def write_task(task: Task, path: Path) -> None:
 
 
 def load_tasks(spec: str) -> list[Task]:
-    """Tasks from `jsonl:FILE` (or a path that ends in .jsonl), `general` or `general:NAME`. Bad lines are kept in the task's `rejects`.
+    """Tasks from `jsonl:FILE` (or a path that ends in .jsonl), `general[:NAME]`, `safety[:FILE]`,
+    `safety-spoken[:FILE]`. Bad lines are kept in the task's `rejects`.
 
     Raises `UserError` for an unknown form, a missing file, or a file without one usable line.
     """
@@ -81,10 +83,20 @@ def load_tasks(spec: str) -> list[Task]:
         from eval.general import general_tasks
 
         return general_tasks([rest] if rest else None)
+    if kind in ("safety", "safety-spoken"):
+        from eval.safety import read_requests, safety_tasks
+        from speech_llm.assets import cache_dir
+
+        rejects: list[dict[str, Any]] = []
+        requests = read_requests(Path(rest), rejects) if rest else None
+        tasks = safety_tasks(requests, spoken=cache_dir() / "spoken" if kind.endswith("spoken") else None)
+        tasks[0].rejects = rejects
+        return tasks
     if spec.endswith(".jsonl"):
         return _load_jsonl(Path(spec))
+    known = ["jsonl", "general", "safety", "safety-spoken"]
     raise UserError(
-        f"unknown task {spec!r}; give jsonl:FILE, general or general:NAME.{nearest(kind, ['jsonl', 'general'])}"
+        f"unknown task {spec!r}; give jsonl:FILE, general[:NAME], safety[:FILE] or safety-spoken[:FILE].{nearest(kind, known)}"
     )
 
 
