@@ -129,6 +129,30 @@ def test_files_that_cannot_be_rows_are_named(tmp_path: Path) -> None:
         open_files([tmp_path / "a.parquet"])
 
 
+def test_turns_of_the_hubs_other_form_and_plain_text_are_rows_too(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<|AUDIO|>Who?"}, {"from": "gpt", "value": "A man."}]
+    sound = {"path": "a.wav", "bytes": b"RIFF"}
+    made = example_of(
+        "x", {"talk": turns, "sound": sound}, None, {"messages": "talk", "audio": "sound"}, tmp_path
+    )
+    assert [turn["role"] for turn in made.messages] == ["user", "assistant"]
+    assert Path(made.audio_parts()[0]["path"]).read_bytes() == b"RIFF"
+    assert example_of("x", {"body": "Words."}, None, {"text": "body"}, tmp_path).text == "Words."
+    with pytest.raises(ValueError, match=r"no column 'bdy'.*body"):
+        example_of("x", {"body": "Words."}, None, {"text": "bdy"}, tmp_path)
+    alone = example_of("x", {"q": "2+2?", "a": "4"}, None, {"user": "q", "assistant": "a"}, tmp_path)
+    assert alone.messages[0]["content"] == "2+2?"
+
+
+def test_paths_of_rows_start_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").write_text("")
+    quickstart = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    sets = ["optimizer.soft_word_epochs=0", "data.stream=true", "data.rows=[{path: here.jsonl}]"]
+    made = load_recipe(quickstart, sets)
+    assert made.resolve_path(made.data.rows[0].path or "") == tmp_path / "here.jsonl"
+
+
 def test_lines_are_found_wherever_blocks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": "x" * n}) for n in range(40)]
     path = tmp_path / "rows.jsonl"
@@ -417,13 +441,13 @@ def test_what_streaming_cannot_do_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=wanted):
             load_recipe(quickstart, [*plain, *sets])
-    made = load_recipe(
-        quickstart, [*plain, "data.stream=true", "data.rows=[{path: a.jsonl}, {dataset: X/y}]"]
-    )
+    rows = "data:\n  stream: true\n  rows: [{path: a.jsonl}, {dataset: X/y}]\n"
+    (tmp_path / "r.yaml").write_text(quickstart.read_text().replace("data:\n", rows))
+    made = load_recipe(tmp_path / "r.yaml", plain)
     assert any("a.jsonl: no such file" in problem for problem in examine(made)["recipe"]["problems"])
     (tmp_path / "again.yaml").write_text(made.to_yaml())
     again = load_recipe(tmp_path / "again.yaml")
-    assert again.data.rows[0].path == str(quickstart.parent / "a.jsonl")
+    assert again.data.rows[0].path == str(tmp_path / "a.jsonl")
     assert again.data.rows[1].dataset == "X/y"
 
 
