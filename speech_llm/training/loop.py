@@ -287,7 +287,9 @@ def train(
         "seconds_training": round(state["seconds"], 1),
     }
     if main:
-        save_model(model, processor, model_dir, {"recipe": recipe.name, **counts})
+        save_model(
+            model, processor, model_dir, {"recipe": recipe.name, "cache": recipe.cache.model_dump(), **counts}
+        )
     accelerator.wait_for_everyone()
     return counts
 
