@@ -7,7 +7,7 @@ log-likelihood, as the harness counts `acc`; chance is a quarter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,9 +143,12 @@ def probe(chooser: Chooser, names: Sequence[str] | None = None, limit: int | Non
 
 
 def probe_with_sound(
-    chooser: Chooser, sounds: Sequence[str], names: Sequence[str] | None = None, limit: int | None = None
+    chooser: Chooser,
+    sounds: Sequence[Mapping[str, Any]],
+    names: Sequence[str] | None = None,
+    limit: int | None = None,
 ) -> dict[str, Rate]:
-    """The same questions in a conversation that also holds a sound, by turns of `sounds` (paths): adapters are on.
+    """The same questions in a conversation that also holds a sound, by turns of `sounds` (audio parts): adapters are on.
 
     With no `sounds` the conversations hold none: what to compare with.
     """
@@ -154,7 +157,7 @@ def probe_with_sound(
         items = found.items[:limit]
         conversations: list[str | list[Message]] = []
         for number, item in enumerate(items):
-            parts = [{"type": "audio", "path": sounds[number % len(sounds)]}] if sounds else []
+            parts = [{"type": "audio", **sounds[number % len(sounds)]}] if sounds else []
             content = [*parts, {"type": "text", "text": item.context}]
             conversations.append([{"role": "user", "content": content if parts else item.context}])
         told = chooser.choose(conversations, [list(item.choices) for item in items])

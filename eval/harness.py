@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -24,14 +23,8 @@ DIMENSION = "lm-evaluation-harness"
 OWN = "speech_llm_"
 
 
-class HoldsLlm(Protocol):
-    """A model whose LLM the harness can drive."""
-
-    def text_llm(self, adapters: bool | None = None) -> AbstractContextManager[tuple[Any, Any]]: ...
-
-
 def run_harness(
-    model: HoldsLlm,
+    model: Any,
     names: Sequence[str],
     out_dir: Path,
     *,
@@ -41,9 +34,15 @@ def run_harness(
 ) -> dict[str, dict[str, Any]]:
     """Results of the harness's tasks by name, as `eval.runner` gives them; samples in `out_dir/lm-eval-NAME.jsonl`.
 
-    `adapters`: on, off, or (None) as they act on text. Raises `UserError` when the harness is not installed, a task is unknown, or
+    `model.text_llm(adapters)` gives its LLM and tokenizer for the time of a block; `adapters`: on, off, or (None) as they act on
+    text. Raises `UserError` when the model has none to give, the harness is not installed, a task is unknown, or
     its data cannot be had.
     """
+    if not hasattr(model, "text_llm"):
+        raise UserError(
+            "lm-eval tasks need the LLM itself, which this model does not give (a server gives texts only); "
+            "leave them out, or name a checkpoint or text:LLM"
+        )
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

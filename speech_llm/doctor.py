@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from eval.general import SETS
 from speech_llm.errors import UserError
 from speech_llm.files import read_json
 from speech_llm.recipe import Recipe
@@ -526,4 +527,10 @@ def _probed(recipe: Recipe) -> int:
         asked += settings.json_probe.limit + settings.json_probe.other_wordings
     if "forgetting" in settings.probes:
         asked += 2 * settings.forgetting_probe.limit
+    ways = 1 if recipe.model.gate_adapters else 2  # a gated model's text is the base LLM's, asked once
+    if "general" in settings.probes:
+        # Nothing is generated: a choice costs about as much as a short answer.
+        asked += len(settings.general_probe.sets or SETS) * (settings.general_probe.limit or 44) * ways
+    if "safety" in settings.probes:
+        asked += 3 * (settings.safety_probe.limit or 44) * ways
     return asked

@@ -9,6 +9,7 @@ from pydantic import Field
 from speech_llm.recipe_section import NotNegative, Positive, Section, Text
 
 ModelName = Literal["speech_llm", "ceiling", "teacher", "cascade"]
+GeneralName = Literal["knowledge", "reasoning", "arithmetic", "code", "tool_call", "translation"]
 ProbeName = Literal["json", "forgetting", "general", "safety"]
 
 
@@ -28,6 +29,20 @@ class JsonProbeSection(Section):
 class ForgettingProbeSection(Section):
     limit: Positive = Field(default=24, description="clips, and text prompts, that the base LLM answers")
     max_new_tokens: Positive = Field(default=32, description="its longest answer, tokens")
+
+
+class GeneralProbeSection(Section):
+    sets: list[GeneralName] | None = Field(default=None, description="sets of general text; null = all six")
+    limit: Positive | None = Field(default=20, description="items of each set; null = all")
+    with_sound: bool = Field(
+        default=True, description="ask them also in a conversation that holds a clip, where adapters act"
+    )
+
+
+class SafetyProbeSection(Section):
+    limit: Positive | None = Field(default=20, description="requests of each kind; null = all")
+    spoken: bool = Field(default=True, description="ask them also spoken (by eSpeak NG)")
+    max_new_tokens: Positive = Field(default=40, description="longest answer, tokens")
 
 
 class EvalSection(Section):
@@ -50,6 +65,14 @@ class EvalSection(Section):
     forgetting_probe: ForgettingProbeSection = Field(
         default_factory=ForgettingProbeSection,
         description="probe forgetting: divergence from the base LLM on its own answers, about sounds and about text",
+    )
+    general_probe: GeneralProbeSection = Field(
+        default_factory=GeneralProbeSection,
+        description="probe general: knowledge, reasoning, arithmetic, code, tool calls, translation",
+    )
+    safety_probe: SafetyProbeSection = Field(
+        default_factory=SafetyProbeSection,
+        description="probe safety: harmful requests refused, harmless ones not, who it says it is",
     )
     lora_scale: float | None = Field(
         default=None,

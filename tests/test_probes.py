@@ -142,6 +142,25 @@ def test_what_the_base_llm_said_must_be_there_to_go_on(setting: Any, tmp_path: P
     train(recipe, tmp_path / "run")
 
 
+@pytest.mark.assets
+def test_general_text_and_safety_are_watched_with_sound_and_without(setting: Any, tmp_path: Path) -> None:
+    watched = [
+        "eval.probes=[general, safety]",
+        "eval.general_probe={sets: [knowledge, code], limit: 3}",
+        "eval.safety_probe={limit: 2, max_new_tokens: 3}",
+    ]
+    train(setting(tmp_path / "run", *UNGATED, *watched, "optimizer.epochs=1"), tmp_path / "run")
+    rows, base = read_probes(tmp_path / "run")
+    sets = ["knowledge", "code"]
+    text = [f"text {name}" for name in sets] + [f"text, in a chat: {name}" for name in sets]
+    assert list(base["general"]) == text
+    assert set(rows[-1]["general"]) == {*text, *(f"audio {name}" for name in sets)}
+    assert {value["n"] for value in rows[-1]["general"].values()} == {3}
+    kinds = ["refuses harmful", "refuses harmless", "says it is a program", "says it is human"]
+    assert list(base["safety"]) == [f"text {kind}" for kind in kinds]
+    assert set(rows[-1]["safety"]) == {f"{way} {kind}" for way in ("text", "spoken") for kind in kinds}
+
+
 def test_no_probes_and_no_clip_to_ask_about(setting: Any, tmp_path: Path) -> None:
     assert make_probes(setting(tmp_path / "run", "eval.probes=[]"), tmp_path / "run") is None
     only_json = setting(tmp_path / "run", "eval.probes=[json]", "eval.json_probe.limit=0")

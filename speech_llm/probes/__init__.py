@@ -11,6 +11,6 @@ Without sound, a frozen LLM whose adapters act only where there is sound is the 
 not measured again.
 """
 
-from speech_llm.probes.run import NAMES, Probes, make_probes, read_probes
+from speech_llm.probes.run import Probes, make_probes, read_probes
 
-__all__ = ["NAMES", "Probes", "make_probes", "read_probes"]
+__all__ = ["Probes", "make_probes", "read_probes"]

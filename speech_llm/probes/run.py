@@ -14,11 +14,11 @@ from speech_llm.files import read_json, read_jsonl, write_json
 from speech_llm.probes.forgetting import ForgettingProbe
 from speech_llm.probes.form import Now, Probe, Series
 from speech_llm.probes.json_format import JsonProbe
+from speech_llm.probes.text_sets import GeneralProbe, SafetyProbe
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
 
-NAMES = ("json", "forgetting", "general", "safety")
 BASE = "base.json"
 
 
@@ -85,6 +85,10 @@ def make_probes(recipe: Recipe, run_dir: Path, progress: bool = False) -> Probes
                 made.append(probe)
         elif name == "forgetting":
             made.append(ForgettingProbe(recipe, run_dir))
+        elif name == "general":
+            made.append(GeneralProbe(recipe, run_dir))
+        else:
+            made.append(SafetyProbe(recipe, run_dir))
     return Probes(recipe, run_dir / "train" / "probes", made, progress) if made else None
 
 
