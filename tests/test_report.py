@@ -17,9 +17,10 @@ from eval.report import write_report
 from eval.report.changes import compare, phase_pairs
 from eval.report.clips import Sounds, clips
 from eval.report.curves import reference
+from eval.report.json_table import json_tables
 from eval.report.plane import forgotten, plane
 from eval.report.runs import read_run, read_runs
-from eval.report.scores import over_chance, scores
+from eval.report.scores import Cell, dimensions, over_chance, scores
 from eval.report.tables import csv_rows
 from eval.stats import mcnemar
 from speech_llm.cli import _exit_code
@@ -122,7 +123,26 @@ def test_seen_and_unseen_stand_beside_chance_and_peers(run: Path) -> None:
     text = page_of(run, out=run / "report.html")
     assert '<span class="good">112 %</span>' in text
     assert '<span class="bad">110 %</span>' in text  # a score that may be chance is not called good
-    assert over_chance([seen, unseen]) == pytest.approx((0.4 + 0.05) / 2)
+    gain = over_chance([seen, unseen])
+    assert gain is not None
+    assert gain.value == pytest.approx((0.4 + 0.05) / 2)
+
+
+def test_a_dimension_has_its_means_over_tasks_that_all_runs_have(made: Path) -> None:
+    runs, _ = read_runs([made / "a <run>", made / "naive"])
+    test, natural = dimensions(runs)
+    assert (test.name, natural.name, natural.means) == ("test", "natural", [])
+    assert [mean.first.kind for mean in test.means] == ["seen", "unseen"]
+    for place, run in enumerate(runs):
+        values = [
+            run.models["speech_llm"][task]["seen"] for task in ("gender", "emotion")
+        ]  # the words have no share right
+        cell = test.means[0].cells[place]
+        assert cell is not None
+        assert cell.value == pytest.approx(sum(value["accuracy"] for value in values) / 2)
+        assert cell.low == pytest.approx(sum(value["interval"][0] for value in values) / 2)
+    del runs[1].models["speech_llm"]["emotion"]
+    assert dimensions(runs)[0].means == []
 
 
 def test_forgetting_is_the_drop_from_what_the_base_llm_could(made: Path) -> None:
@@ -131,12 +151,34 @@ def test_forgetting_is_the_drop_from_what_the_base_llm_could(made: Path) -> None
     run.base_probe = {}
     assert reference(run, "safety", "text refuses harmful") == (0.8, "before training")
     run = read_run(made / "naive")
-    assert forgotten(run, 2, [("json", "audio strict")]) == pytest.approx(0.9 - 0.1)
+
+    def drop(*names: tuple[str, str]) -> float:
+        found = forgotten(run, 2, names)
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low < found.value < found.high
+        return found.value
+
+    assert drop(("json", "audio strict")) == pytest.approx(0.9 - 0.1)
     # Less is better of refusing what is harmless: from 4 of 40 to 8 of 40 is forgetting.
-    assert forgotten(run, 2, [("safety", "text refuses harmless")]) == pytest.approx(0.1)
+    assert drop(("safety", "text refuses harmless")) == pytest.approx(0.1)
     both = [("json", "audio strict"), ("json", "audio repaired"), ("safety", "text refuses harmless")]
-    assert forgotten(run, 2, both) == pytest.approx((0.8 + 0.1) / 2)  # probes weigh alike
+    assert drop(*both) == pytest.approx((0.8 + 0.1) / 2)  # probes weigh alike
     assert forgotten(run, 9, both) is None
+
+
+def test_the_json_table_begins_with_what_the_base_llm_could(made: Path) -> None:
+    tables = {table.title: table for table in json_tables(read_run(made / "naive"))}
+    plain = tables["about a sound"]
+    assert [when for when, _ in plain.rows] == ["base LLM, description", "before", "epoch 1", "epoch 2"]
+    strict, neither = plain.columns.index("is JSON"), plain.columns.index("neither")
+    values = [(figures[strict] or {}).get("value") for _, figures in plain.rows]
+    assert values == [0.9, 0.9, 0.5, 0.1]
+    # 40 answers at the end: 4 in form, of which 2 right, and 2 right without the form.
+    assert plain.rows[-1][1][neither] == {"value": pytest.approx(1 - 4 / 40 - 2 / 40)}
+    assert plain.rows[0][1][neither] is None
+    assert plain.n == 40
 
 
 def test_the_plane_has_a_point_a_run_and_epoch(made: Path) -> None:
@@ -147,11 +189,11 @@ def test_the_plane_has_a_point_a_run_and_epoch(made: Path) -> None:
         (run.name, e) for run in runs for e in range(3)
     ]
     kept, lost = found.end
-    assert lost.forgotten > kept.forgotten + 0.3
-    assert kept.learned > lost.learned
+    assert lost.forgotten.value > kept.forgotten.value + 0.3
+    assert kept.learned.value > lost.learned.value
     assert not any(series.endswith("answer") or probe == "forgetting" for probe, series in found.series)
     answer = runs[0].probes[2]["json"]["audio answer"]
-    assert (found.training[2].learned, found.training[2].low) == (answer["value"], answer["low"])
+    assert found.training[2].learned == Cell(answer["value"], answer["low"], answer["high"], 40)
     runs[1].probes = []
     alone = plane(runs)
     assert alone is not None
@@ -197,8 +239,8 @@ def test_several_runs_stand_side_by_side_and_bad_folders_are_set_aside(
     text = out.read_text()
     Page(text)
     for name, reason in (("empty", "no such file"), ("odd", "no task in it has a score"), ("broken", "not JSON"), ("nope", "no such run folder")):  # fmt: skip
-        assert re.search(rf"set aside {tmp_path / name}: .*{reason}", said.err)
-        assert f"{tmp_path / name}</b> was set aside" in text
+        assert re.search(rf"set aside: {tmp_path / name}.*{reason}", said.err)
+        assert f"Set aside: {tmp_path / name}" in text
     assert "given twice" in said.err
     assert "Side by side" in text
     assert "a &lt;run&gt; → naive" in text

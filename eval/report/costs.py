@@ -23,10 +23,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
         if words.get("steps"):
             parts.append(f"soft words without sound {words['steps']:,} steps")
         if align.get("epochs"):
-            parts.append(
-                f"connector aligned to them {align['epochs']} times through the clips (it then names {100 * align['named']:.1f} % "
-                "of what these are labelled with)"
-            )
+            told = f"connector aligned to them {align['epochs']} times through the clips"
+            if is_number(align.get("named")):
+                told += f" (it then names {100 * align['named']:.1f} % of what these are labelled with)"
+            parts.append(told)
         parts.append(f"answers on sound {training['steps']:,} steps")
         found.append(("Training", ", ".join(parts)))
     total = sum(seconds.values()) if (seconds := stage_seconds(run)) else 0
@@ -90,8 +90,9 @@ def _costs(run: Run) -> dict[str, str]:
         out["share of all parameters"] = f"{100 * trained / whole:.2f} %"
     if is_number(training.get("rows_per_s")):
         out["rows a second"] = f"{training['rows_per_s']:g}"
-    if is_number(training.get("peak_memory_mb")):
-        out["peak memory, training"] = f"{training['peak_memory_mb'] / 1024:.1f} GB"
+    for name, value in training.items():
+        if name.startswith("peak_") and name.endswith("_mb") and is_number(value):
+            out[name.removesuffix("_mb").replace("_", " ")] = f"{value / 1024:.1f} GB"
     return out
 
 

@@ -140,10 +140,12 @@ def _panel(runs: Sequence[Run], probe: str, series: str) -> Panel:
             elif band:
                 epoch, low, high = band[0]
                 axes.plot([epoch, epoch], [scale * low, scale * high], color=colour, alpha=0.4, linewidth=3)
-        for number, run, _ in lines:
-            ref = reference(run, probe, series)
-            if ref:
-                axes.axhline(scale * ref[0], color=INK if number == lines[0][0] else colour_of(number), linewidth=1, linestyle="--", alpha=0.8)  # fmt: skip
+        held = {number: ref[0] for number, run, _ in lines if (ref := reference(run, probe, series))}
+        alike = len(set(held.values())) == 1
+        for number, value in list(held.items())[: 1 if alike else None]:
+            axes.axhline(
+                scale * value, color=INK if alike else colour_of(number), linewidth=1, linestyle="--"
+            )
         axes.set(xlabel="epoch", ylabel="%" if share else "nats a token")
         if share:
             axes.set_ylim(-4, 104)

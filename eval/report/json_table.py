@@ -14,6 +14,7 @@ KINDS = {
     "text": "about the description",
     "text, other words:": "about the description, in other words, keys and shapes",
 }
+BASE = "base LLM, description"
 LEVELS = {
     "strict": "is JSON",
     "repaired": "is JSON once repaired",
@@ -37,20 +38,22 @@ class JsonTable:
 
 def json_tables(run: Run) -> list[JsonTable]:
     """A table for each way of asking that was asked; the base LLM's own figures first."""
-    places = [("base LLM", run.base_probe)]
+    places = [(BASE, run.base_probe)]
     places += [(PLACES.get(row["epoch"], f"epoch {row['epoch']:g}"), row) for row in run.probes]
     tables = []
     for kind, title in KINDS.items():
         rows = []
         for when, probes in places:
             found = probes.get("json", {})
-            figures = {level: found.get(f"{kind} {level}") for level in LEVELS}
+            # In place of a sound the base LLM reads the description.
+            asked = kind.replace("audio", "text") if probes is run.base_probe else kind
+            figures = {level: found.get(f"{asked} {level}") for level in LEVELS}
             figures["neither"] = _neither(figures)
             if any(figures.values()):
                 rows.append((when, figures))
         levels = [level for level in LEVELS if any(figures[level] for _, figures in rows)]
         counts = [rate.get("n") for _, figures in rows for rate in figures.values() if rate]
-        if rows and any(when != "base LLM" for when, _ in rows):
+        if rows and any(when != BASE for when, _ in rows):
             told = [(when, [figures[level] for level in levels]) for when, figures in rows]
             tables.append(
                 JsonTable(title, [LEVELS[level] for level in levels], told, counts[0] if counts else None)

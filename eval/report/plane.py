@@ -17,7 +17,7 @@ from typing import Any
 from eval.report.curves import points, reference
 from eval.report.plots import INK, LINE, PLACES, colour_of, svg
 from eval.report.runs import Run, is_number
-from eval.report.scores import over_chance, scores
+from eval.report.scores import Cell, mean_cell, over_chance, scores
 
 ANSWERS = ("json", "audio answer")
 _LEARNING = ("answer", "answer only", "format only")
@@ -25,14 +25,12 @@ _LEARNING = ("answer", "answer only", "format only")
 
 @dataclass(frozen=True)
 class Point:
-    """A run at an epoch: shares, with the interval of `learned` where it has one."""
+    """A run at an epoch: shares with their intervals where they have one."""
 
     run: str
     epoch: float
-    forgotten: float
-    learned: float
-    low: float | None = None
-    high: float | None = None
+    forgotten: Cell
+    learned: Cell
 
 
 @dataclass(frozen=True)
@@ -65,18 +63,24 @@ def retained(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def forgotten(run: Run, epoch: float, names: Sequence[tuple[str, str]]) -> float | None:
-    """Mean drop at an epoch, over each probe's series and then over the probes; None where one of them was not asked then."""
-    drops: dict[str, list[float]] = {}
+def forgotten(run: Run, epoch: float, names: Sequence[tuple[str, str]]) -> Cell | None:
+    """Mean drop at an epoch, over each probe's series and then over the probes; None where one of them was not asked then.
+
+    The interval is that of the figures now; what they are held against is taken as known.
+    """
+    drops: dict[str, list[Cell]] = {}
     for probe, series in names:
-        rates = [rate for at, rate in points(run, probe, series) if at == epoch]
+        rate = dict(points(run, probe, series)).get(epoch)
         held = reference(run, probe, series)
-        if not rates or held is None:
+        if rate is None or held is None:
             return None
-        change = held[0] - rates[0]["value"]
-        drops.setdefault(probe, []).append(-change if rates[0].get("better") == "lower" else change)
-    means = [sum(values) / len(values) for values in drops.values()]
-    return sum(means) / len(means) if means else None
+        sign = -1 if rate.get("better") == "lower" else 1
+        first, second = (
+            sign * (held[0] - rate[name]) if is_number(rate.get(name)) else None for name in ("low", "high")
+        )
+        low, high = (second, first) if sign > 0 else (first, second)
+        drops.setdefault(probe, []).append(Cell(sign * (held[0] - rate["value"]), low, high, None))
+    return mean_cell([mean_cell(cells) for cells in drops.values()])
 
 
 def plane(runs: Sequence[Run]) -> Plane | None:
@@ -99,10 +103,11 @@ def plane(runs: Sequence[Run]) -> Plane | None:
             last = (epoch, x)
             rate = dict(points(run, *ANSWERS)).get(epoch)
             if rate:
-                training.append(Point(run.name, epoch, x, rate["value"], _bound(rate, "low"), _bound(rate, "high")))  # fmt: skip
-        y = over_chance([row for row in scores(run) if (row.task, row.kind) in shared])
-        if last and y is not None:
-            end.append(Point(run.name, *last, y))
+                y = Cell(rate["value"], _bound(rate, "low"), _bound(rate, "high"), rate.get("n"))
+                training.append(Point(run.name, epoch, x, y))
+        gain = over_chance([row for row in scores(run) if (row.task, row.kind) in shared])
+        if last and gain:
+            end.append(Point(run.name, *last, gain))
     order = [run.name for run in runs]
     return Plane(
         training,
@@ -132,15 +137,26 @@ def _draw(found: Sequence[Point], order: Sequence[str], ylabel: str, label: str)
     def draw(axes: Any) -> None:
         axes.axvline(0, color=LINE, linewidth=1)
         for number, name in enumerate(order):
-            mine = [point for point in found if point.run == name]
-            x, y = [100 * point.forgotten for point in mine], [100 * point.learned for point in mine]
-            axes.plot(x, y, color=colour_of(number), marker="o", markersize=5, linewidth=1.2)
-            for point, px, py in zip(mine, x, y, strict=True):
-                if point.low is not None and point.high is not None:
-                    axes.plot([px, px], [100 * point.low, 100 * point.high], color=colour_of(number), alpha=0.3, linewidth=2)  # fmt: skip
+            mine = [(point, point.forgotten, point.learned) for point in found if point.run == name]
+            colour = colour_of(number)
+            axes.plot([100 * x.value for _, x, _ in mine], [100 * y.value for *_, y in mine], color=colour, marker="o", markersize=5, linewidth=1.2)  # fmt: skip
+            for point, x, y in mine:
+                if x.low is not None and x.high is not None:
+                    axes.plot(
+                        [100 * x.low, 100 * x.high], [100 * y.value] * 2, color=colour, alpha=0.3, linewidth=2
+                    )
+                if y.low is not None and y.high is not None:
+                    axes.plot(
+                        [100 * x.value] * 2, [100 * y.low, 100 * y.high], color=colour, alpha=0.3, linewidth=2
+                    )
                 place = PLACES.get(point.epoch, f"{point.epoch:g}")
                 axes.annotate(
-                    place, (px, py), textcoords="offset points", xytext=(5, 4), fontsize=8, color=INK
+                    place,
+                    (100 * x.value, 100 * y.value),
+                    textcoords="offset points",
+                    xytext=(5, 4),
+                    fontsize=8,
+                    color=INK,
                 )
         axes.set(xlabel="forgotten, points (left is better)", ylabel=ylabel)
         axes.margins(0.12)

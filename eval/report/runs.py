@@ -96,7 +96,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[Path, str]
     for folder in folders:
         whole = folder.resolve()
         if whole in seen:
-            aside.append((folder, "given twice"))
+            aside.append((folder, f"{folder}: given twice"))
             continue
         seen.add(whole)
         try:
@@ -145,8 +145,7 @@ def _fill(run: Run, results: dict[str, Any]) -> None:
         run.models[str(model)] = kept
     run.predictions_in = {name: run.folder / "eval" / name for name in run.models}
     run.training = _dict(results.get("training"))
-    phases = results.get("phases")
-    run.phases = phases if isinstance(phases, dict) and phases.get("matrix") else None
+    run.phases = _phases(results.get("phases"))
     folders = _phase_folders(run) if run.phases else [run.folder]
     for folder in folders:
         _read_log(run, folder / "train" / "log.jsonl")
@@ -163,6 +162,18 @@ def _fill(run: Run, results: dict[str, Any]) -> None:
         path = folders[0] / "train" / "probes" / "base.json"
         base = _read_or_note(run, path) if path.is_file() else {}
     run.base_probe = new_base(_dict(base))
+
+
+def _phases(phases: Any) -> dict[str, Any] | None:
+    """The matrix of a run in phases; None of another run, or where rows and names do not fit."""
+    phases = _dict(phases)
+    names, matrix = phases.get("names"), phases.get("matrix")
+    if not isinstance(names, list) or not isinstance(matrix, list) or len(names) != len(matrix):
+        return None
+    if not all(isinstance(row, list) and len(row) == len(names) for row in matrix):
+        return None
+    rows = [[value if is_number(value) else None for value in row] for row in matrix]
+    return phases | {"names": [str(name) for name in names], "matrix": rows}
 
 
 def _phase_folders(run: Run) -> list[Path]:

@@ -79,18 +79,17 @@ def cell_of(result: Any) -> Cell | None:
     return Cell(scored[1], low, high, _count(result.get("n")))
 
 
-def scores(run: Run, model: str | None = None) -> list[Score]:
-    """Every task of a model (the run's own by default), dimension by dimension in the order of the results."""
+def scores(run: Run) -> list[Score]:
+    """Every task of the run's model, dimension by dimension in the order of the results."""
     rows = []
-    main = model or run.main
-    for task, whole in run.models.get(main, {}).items():
+    for task, whole in run.models.get(run.main, {}).items():
         for kind, result in parts_of(whole):
             cell = cell_of(result)
             if cell is None:
                 continue
             metric, _ = score_of(result) or ("", 0.0)
             beside = {}
-            for name in run.peers if model is None else ():
+            for name in run.peers:
                 other = run.models[name].get(task) or {}
                 found = cell_of(other if kind == "all" else other.get(kind))
                 if found:
@@ -138,18 +137,66 @@ def side_by_side(runs: Sequence[Run]) -> list[SideBySide]:
     return sorted(rows, key=lambda row: order.index(row.first.dimension))
 
 
-def by_dimension(rows: Sequence[Any]) -> list[tuple[str, list[Any]]]:
-    """Rows of `scores` or `side_by_side` under their dimensions."""
+@dataclass(frozen=True)
+class Dimension:
+    """The tasks of a dimension, and their means for each kind of instruction where there are several."""
+
+    name: str
+    rows: list[SideBySide]
+    means: list[SideBySide]
+
+
+def dimensions(runs: Sequence[Run]) -> list[Dimension]:
+    """`side_by_side` under its dimensions."""
+    groups = groupby(side_by_side(runs), lambda row: row.first.dimension)
     return [
-        (name, list(group))
-        for name, group in groupby(rows, lambda row: (row if isinstance(row, Score) else row.first).dimension)
+        Dimension(name, rows, [mean for kind in KINDS for mean in _means(rows, kind)])
+        for name, rows in ((name, list(group)) for name, group in groups)
     ]
 
 
-def over_chance(rows: Sequence[Score]) -> float | None:
+def _means(rows: Sequence[SideBySide], kind: str) -> list[SideBySide]:
+    """The mean over the tasks that all runs have and that are no error rates; nothing of fewer than two."""
+    mine = [row for row in rows if row.first.kind == kind and not row.first.is_error and all(row.cells)]
+    if len(mine) < 2:
+        return []
+    shares = {
+        name: [value for row in mine if (value := getattr(row.first, name)) is not None]
+        for name in ("chance", "majority")
+    }
+    whole = {
+        name: sum(found) / len(found) if len(found) == len(mine) else None for name, found in shares.items()
+    }
+    peers = {name: mean_cell([row.beside.get(name) for row in mine]) for name in mine[0].beside}
+    beside = {name: cell for name, cell in peers.items() if cell}
+    cells = [mean_cell([row.cells[place] for row in mine]) for place in range(len(mine[0].cells))]
+    known = next(cell for cell in cells if cell)
+    first = Score(mine[0].first.dimension, f"mean of {len(mine)} tasks", kind, mine[0].first.metric, known, **whole, unparsed=None, missing=None, beside=beside)  # fmt: skip
+    return [SideBySide(first, cells, beside)]
+
+
+def mean_cell(cells: Sequence[Cell | None]) -> Cell | None:
+    """The mean of scores; its interval is from the mean of the lower to the mean of the upper bounds, which is at least as wide as
+    the true one (as if all erred together). None where one is missing."""
+    known = [cell for cell in cells if cell]
+    if not known or len(known) < len(cells):
+        return None
+    lows, highs = [cell.low for cell in known if cell.low is not None], [cell.high for cell in known if cell.high is not None]  # fmt: skip
+    whole = len(lows) == len(highs) == len(known)
+    low, high = (sum(lows) / len(lows), sum(highs) / len(highs)) if whole else (None, None)
+    return Cell(sum(cell.value for cell in known) / len(known), low, high, None)
+
+
+def over_chance(rows: Sequence[Score]) -> Cell | None:
     """Mean over tasks of score minus chance, those with a chance only; None without any."""
-    gains = [row.cell.value - row.chance for row in rows if row.chance is not None and not row.is_error]
-    return sum(gains) / len(gains) if gains else None
+    cells = []
+    for row in rows:
+        if row.chance is not None and not row.is_error:
+            low, high = (
+                None if bound is None else bound - row.chance for bound in (row.cell.low, row.cell.high)
+            )
+            cells.append(Cell(row.cell.value - row.chance, low, high, row.cell.n))
+    return mean_cell(cells)
 
 
 def _share(result: dict[str, Any], whole: dict[str, Any], name: str) -> float | None:

@@ -14,8 +14,8 @@ from eval.report.costs import costs, facts
 from eval.report.curves import has_soft_words, learning_curve, panels
 from eval.report.json_table import json_tables
 from eval.report.plane import plane
-from eval.report.runs import PEERS, Run, read_runs
-from eval.report.scores import by_dimension, scores, side_by_side
+from eval.report.runs import MAIN, PEERS, Run, is_number, read_runs
+from eval.report.scores import dimensions
 from eval.report.tables import json_path, write_csv, write_results
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write
@@ -40,7 +40,7 @@ def write_report(folders: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
         title=", ".join(run.name for run in runs),
         runs=[_shown(run, sounds, None if len(runs) == 1 else CLIPS_OF_MANY) for run in runs],
         aside=aside,
-        together=by_dimension(side_by_side(runs)) if len(runs) > 1 else [],
+        together=dimensions(runs) if len(runs) > 1 else [],
         together_peers=_peers(runs),
         peers=PEERS,
         learning=learning_curve(runs),
@@ -64,10 +64,10 @@ def _peers(runs: Sequence[Run]) -> list[str]:
 def _shown(run: Run, sounds: Sounds, count: int | None) -> dict[str, Any]:
     return {
         "name": run.name,
-        "main": run.main,
+        "shown": "speech model" if run.main == MAIN else run.main,
         "facts": facts(run),
         "peers": run.peers,
-        "dimensions": by_dimension(scores(run)),
+        "dimensions": dimensions([run]),
         "json": json_tables(run),
         "phases": run.phases,
         "clips": clips(run, sounds) if count is None else clips(run, sounds, count),
@@ -82,7 +82,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
-    environment.filters["percent"] = lambda value: "–" if value is None else f"{100 * value:.1f}"
-    environment.filters["points"] = lambda value: "–" if value is None else f"{100 * value:+.1f}"
+    environment.filters["percent"] = lambda value: f"{100 * value:.1f}" if is_number(value) else "–"
+    environment.filters["points"] = lambda value: f"{100 * value:+.1f}" if is_number(value) else "–"
     environment.filters["p"] = lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}"
     return environment.get_template("page.html")

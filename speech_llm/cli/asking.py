@@ -144,8 +144,8 @@ def report(
     """One HTML file about one or several runs, and its numbers as JSON and CSV."""
     from eval.report import write_report
 
-    for folder, reason in write_report(runs, out):
-        typer.echo(f"set aside {folder}: {reason}", err=True)
+    for _, reason in write_report(runs, out):
+        typer.echo(f"set aside: {reason}", err=True)
     typer.echo(f"report: {out}\nnumbers: {out.parent / 'results.csv'}")
 
 
