@@ -334,6 +334,29 @@ def test_older_and_poorer_results_are_shown_too(run: Path) -> None:
     assert "2 lines are no predictions" in text
 
 
+def test_what_a_run_left_in_another_shape_is_passed_over(run: Path) -> None:
+    results = read_json(run / "results.json")
+    results["training"] = {"steps": 4, "rows": "many", "parameters": 7, "align": [1], "parts": {"llm": 3}}
+    results["phases"] = {"names": ["one"], "matrix": [[0.1, 0.2]]}
+    results["models"]["teacher"] = ["none"]
+    write_json(run / "results.json", results)
+    write_json(run / "targets/manifest.json", {"seconds": "long", "counts": [], "recipe": {"targets": 1}})
+    (run / "corpus/manifest.json").write_text("{")
+    write_json(run / "train/manifest.json", [])
+    odd = [
+        {"step": 1, "loss": "x"},
+        {"step": 2, "loss": 1.5},
+        {"epoch": "one", "probe": 3, "probe_seconds": [1]},
+    ]
+    write_jsonl(run / "train/log.jsonl", odd)
+    text = page_of(run, out=run / "report.html")
+    Page(text)
+    assert "corpus/manifest.json: not JSON" in text
+    assert "answers on sound 4 steps" in text
+    assert 'id="phases"' not in text
+    assert "by the strategy self" in text
+
+
 def test_a_run_that_is_still_training_shows_its_curves(run: Path) -> None:
     (run / "results.json").unlink()
     write_json(run / "train/probes/base.json", {"general": probes_at(1, 1, 1)["general"]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eval.report.runs import STAGES, Run, is_number
+from eval.report.runs import STAGES, Run, as_dict, is_number
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -16,11 +16,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
     trained = trained_parameters(training)
     if trained:
         found.append(("Trained", f"{trained / 1e6:.2f} M parameters; {_frozen(training.get('parts'))}"))
-    if training.get("steps"):
-        align = training.get("align") or {}
-        words = align.get("soft_words") or {}
+    if is_number(training.get("steps")):
+        align = as_dict(training.get("align"))
+        words = as_dict(align.get("soft_words"))
         parts = [f"{training['rows']:,} rows"] if is_number(training.get("rows")) else []
-        if words.get("steps"):
+        if is_number(words.get("steps")):
             parts.append(f"soft words without sound {words['steps']:,} steps")
         if align.get("epochs"):
             told = f"connector aligned to them {align['epochs']} times through the clips"
@@ -55,8 +55,7 @@ def stage_seconds(run: Run) -> dict[str, float]:
 
 
 def trained_parameters(training: dict[str, Any]) -> int | None:
-    counts = training.get("parameters")
-    counts = counts if isinstance(counts, dict) else {}
+    counts = as_dict(training.get("parameters"))
     found = counts.get("trained", counts.get("trainable"))
     return int(found) if is_number(found) else None
 
@@ -84,8 +83,7 @@ def _costs(run: Run) -> dict[str, str]:
     ):
         if is_number(value) and value:
             out[name] = f"{value:,}"
-    counts = training.get("parameters")
-    whole, trained = counts.get("total") if isinstance(counts, dict) else None, trained_parameters(training)
+    whole, trained = as_dict(training.get("parameters")).get("total"), trained_parameters(training)
     if is_number(whole) and whole and trained:
         out["share of all parameters"] = f"{100 * trained / whole:.2f} %"
     if is_number(training.get("rows_per_s")):
@@ -104,18 +102,18 @@ def duration(seconds: float) -> str:
 
 def _targets(manifest: dict[str, Any]) -> str:
     """Who wrote how many targets, in words."""
-    counts = manifest.get("counts") or {}
-    strategy = ((manifest.get("recipe") or {}).get("targets") or {}).get("strategy", "self")
+    counts = as_dict(manifest.get("counts"))
+    strategy = as_dict(as_dict(manifest.get("recipe")).get("targets")).get("strategy", "self")
     if not is_number(counts.get("kept")) or not is_number(counts.get("asked")):
         return f"by the strategy {strategy}"
     kept = f"{counts['kept']:,} of {counts['asked']:,}"
     if strategy == "self":
         return f"{kept} answers of the text LLM passed verification"
-    writers = ", ".join(f"{name} {count:,}" for name, count in (counts.get("kept_of") or {}).items())
+    writers = ", ".join(f"{name} {count:,}" for name, count in as_dict(counts.get("kept_of")).items())
     return f"{kept} rows have a target, by the strategy {strategy}" + (f" ({writers})" if writers else "")
 
 
-def _frozen(parts: dict[str, dict[str, int]] | None) -> str:
+def _frozen(parts: dict[str, Any]) -> str:
     """Which parts were trained and which stayed as they were, in words."""
     if not parts:  # of a run before parts were noted, when only these were ever frozen
         return "the text LLM and the encoder stayed frozen"
@@ -124,6 +122,6 @@ def _frozen(parts: dict[str, dict[str, int]] | None) -> str:
         "adapters": "adapters in the text LLM",
         "llm": "text LLM",
     }
-    moved = [names.get(part, part) for part, count in parts.items() if count["trained"]]
-    still = [names.get(part, part) for part, count in parts.items() if not count["trained"]]
+    moved = [names.get(part, part) for part, count in parts.items() if as_dict(count).get("trained")]
+    still = [names.get(part, part) for part, count in parts.items() if not as_dict(count).get("trained")]
     return f"trained: {', '.join(moved)}" + (f"; frozen: {', '.join(still)}" if still else "")

@@ -137,14 +137,14 @@ def read_run(folder: Path) -> Run:
 
 
 def _fill(run: Run, results: dict[str, Any]) -> None:
-    for model, tasks in _dict(results.get("models")).items():
-        kept = {task: value for task, value in _dict(tasks).items() if is_result(value)}
-        left = sorted(set(_dict(tasks)) - set(kept))
+    for model, tasks in as_dict(results.get("models")).items():
+        kept = {task: value for task, value in as_dict(tasks).items() if is_result(value)}
+        left = sorted(set(as_dict(tasks)) - set(kept))
         if left:
             run.notes.append(f"{model}: no score for {', '.join(left)}")
         run.models[str(model)] = kept
     run.predictions_in = {name: run.folder / "eval" / name for name in run.models}
-    run.training = _dict(results.get("training"))
+    run.training = as_dict(results.get("training"))
     run.phases = _phases(results.get("phases"))
     folders = _phase_folders(run) if run.phases else [run.folder]
     for folder in folders:
@@ -161,12 +161,12 @@ def _fill(run: Run, results: dict[str, Any]) -> None:
     if not base:
         path = folders[0] / "train" / "probes" / "base.json"
         base = _read_or_note(run, path) if path.is_file() else {}
-    run.base_probe = new_base(_dict(base))
+    run.base_probe = new_base(as_dict(base))
 
 
 def _phases(phases: Any) -> dict[str, Any] | None:
     """The matrix of a run in phases; None of another run, or where rows and names do not fit."""
-    phases = _dict(phases)
+    phases = as_dict(phases)
     names, matrix = phases.get("names"), phases.get("matrix")
     if not isinstance(names, list) or not isinstance(matrix, list) or len(names) != len(matrix):
         return None
@@ -200,14 +200,14 @@ def _read_log(run: Run, path: Path) -> None:
 
 def _read_or_note(run: Run, path: Path) -> dict[str, Any]:
     try:
-        return _dict(read_json(path))
+        return as_dict(read_json(path))
     except UserError as error:
         run.notes.append(str(error))
         return {}
 
 
 def _probes_of(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"epoch": row.get("epoch"), **row["probe"]} for row in log if _dict(row.get("probe"))]
+    return [{"epoch": row.get("epoch"), **row["probe"]} for row in log if as_dict(row.get("probe"))]
 
 
 def new_probe(row: dict[str, Any]) -> dict[str, Any]:
@@ -228,8 +228,8 @@ def new_base(base: dict[str, Any]) -> dict[str, Any]:
 
 def _old_series(kind: str, rates: Any) -> dict[str, dict[str, Any]]:
     """`{"n", "strict": share, ..., "intervals": {"strict": [low, high]}}` as series; `keys` is what `schema` is now."""
-    rates = _dict(rates)
-    intervals = _dict(rates.get("intervals"))
+    rates = as_dict(rates)
+    intervals = as_dict(rates.get("intervals"))
     series = {}
     for level in ("strict", "repaired", "keys", "answer"):
         if is_number(rates.get(level)):
@@ -269,5 +269,6 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
+    """A value that should be an object; an empty one in place of anything else."""
     return value if isinstance(value, dict) else {}
