@@ -15,7 +15,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     training = run.training
     trained = trained_parameters(training)
     if trained:
-        found.append(("Trained", f"{trained / 1e6:.2f} M parameters; {_frozen(training.get('parts'))}"))
+        found.append(
+            ("Trained", f"{trained / 1e6:.2f} M parameters; {_frozen(as_dict(training.get('parts')))}")
+        )
     if is_number(training.get("steps")):
         align = as_dict(training.get("align"))
         words = as_dict(align.get("soft_words"))
