@@ -105,6 +105,14 @@ def _needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) -> dic
             load_pool(recipe.resolve_path(pool))
         except UserError as error:
             problems.append(f"{key}: {error}")
+    for source in recipe.data.rows:
+        from speech_llm.data.shards import shard_files
+
+        try:
+            if source.path is not None:
+                shard_files(source.path, recipe.resolve_path(source.path))
+        except UserError as error:
+            problems.append(str(error))
     synthesize = recipe.data.synthesize
     if synthesize is not None and synthesize.natural_clips and machine["versions"]["onnxruntime"] is None:
         notes.append(
@@ -117,6 +125,16 @@ def _needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) -> dic
             notes.append(
                 f"about {estimate['memory_gb']:.1f} GB of memory are needed and {machine['memory_free_gb']:.1f} GB are free; "
                 "lower optimizer.batch_tokens, targets.batch_tokens and eval.batch_tokens, or take a smaller model"
+            )
+        bound = recipe.cache.max_gb
+        if bound is not None and estimate["features_gb"] > bound:
+            notes.append(
+                f"encoder features will take {estimate['features_gb']:.3g} GB and cache.max_gb allows {bound:g}: the clips beyond it are "
+                "encoded anew at each use; fewer encoder layers (model.taps) need less"
+            )
+        if recipe.trainable.encoder_lora is not None:
+            notes.append(
+                "trainable.encoder_lora trains the encoder, so nothing is cached: clips are encoded at each use"
             )
         if estimate["disk_gb"] > machine["disk_free_gb"]:
             notes.append(
@@ -271,6 +289,8 @@ def _estimate(
     way back (no weight gradients), so 4 x; an LLM that is trained whole costs 6 x. Of such a one each weight takes 16 bytes
     (float32: itself, its gradient, Adam's two moments), and 4 more where the base LLM is asked beside it.
     """
+    from speech_llm.data.features import bytes_of_frames
+
     by_role = {model["role"]: model for model in models}
     llm, encoder = by_role["LLM"], by_role["encoder"]
     if not llm.get("parameters") or not encoder.get("parameters"):
@@ -325,14 +345,23 @@ def _estimate(
     llm_bytes = (20 if recipe.loss.asks_base else 16) if recipe.trainable.llm else weight_bytes
     weights = llm["parameters"] * llm_bytes + encoder["parameters"] * weight_bytes
     taps = len(recipe.model.taps or range(encoder.get("layers", 24)))
-    features = all_clips * clips["mean_s"] * FRAMES_PER_S * taps * encoder.get("width", 1024) * 2
+    features = all_clips * bytes_of_frames(
+        round(clips["mean_s"] * FRAMES_PER_S),
+        taps,
+        encoder.get("width", 1024),
+        4 if recipe.cache.dtype == "float32" else 2,
+    )
+    if recipe.trainable.encoder_lora is not None:
+        features = 0
+    kept = features if recipe.cache.max_gb is None else min(features, recipe.cache.max_gb * GB)
     downloads = (
         sum(m["download_mb"] or 0 for m in {m["reference"]: m for m in models}.values() if not m["cached"])
         * 1e6
     )
     return {
         "memory_gb": round(RUNTIME_GB + (weights + activations + logits) / GB, 1),
-        "disk_gb": round((features + 4 * downloads + all_clips * clips["mean_s"] * 32_000) / GB, 1),
+        "features_gb": round(features / GB, 3),
+        "disk_gb": round((kept + 4 * downloads + all_clips * clips["mean_s"] * 32_000) / GB, 1),
         "minutes": {stage: round(amount / speed / 60, 1) for stage, amount in operations.items()},
         "precision": "bfloat16" if narrow else "float32",
     }
@@ -508,6 +537,7 @@ def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {'memory, disk':18} about {estimate['memory_gb']:g} GB, {estimate['disk_gb']:g} GB ({estimate['precision']})"
         )
+        lines.append(f"  {'feature cache':18} about {estimate['features_gb']:.3g} GB")
         lines.append(
             f"  {'time':18} about {sum(estimate['minutes'].values()):.0f} minutes ({minutes}); a rough guess, within a factor of 3, more on a busy machine"
         )

@@ -186,6 +186,30 @@ def _splits(folder: Path) -> list[str]:
     return [split for split in SPLITS if (folder / f"{split}.jsonl").exists()]
 
 
+def _rows_part(recipe: Recipe) -> dict[str, Any]:
+    """How rows are streamed, without the names of files, whose contents count."""
+    section = _pick(recipe.data, "rows", "step_rows")
+    for item in section["rows"]:
+        for key in recipe.row_paths(item):
+            item[key] = "file"
+    return section
+
+
+def _row_files(recipe: Recipe) -> list[Path]:
+    """The files of `data.rows`; a folder that is streamed counts by its files too."""
+    from speech_llm.data.shards import shard_files
+
+    files: list[Path] = []
+    for source in recipe.data.rows:
+        for key, path in recipe.row_paths(source.model_dump()).items():
+            files += (
+                shard_files(str(source.path), path)
+                if key == "path"
+                else [f for f in sorted(path.rglob("*")) if f.is_file()]
+            )
+    return files
+
+
 def _pick(section: Any, *keys: str) -> dict[str, Any]:
     values = section.model_dump(mode="json")
     return {key: values[key] for key in keys} if keys else values
@@ -261,6 +285,8 @@ STAGES: tuple[Stage, ...] = (
             "seed": r.seed,
             "model": _pick(r.model),
             "data": _pick(r.data, "max_duration_s"),
+            **({"rows": _rows_part(r)} if r.data.stream else {}),
+            **({} if r.cache.dtype == "float16" else {"cache": _pick(r.cache, "dtype")}),
             "describe": _pick(r.describe, "labels", "form"),
             # What is mixed in counts as an input; a run without it keeps the key that it had.
             "mixture": {},
@@ -276,6 +302,7 @@ STAGES: tuple[Stage, ...] = (
         lambda r, run: [
             run / "targets" / "examples.jsonl",
             *([run / "mixture" / "examples.jsonl"] if _mixes(r) else []),
+            *_row_files(r),
             run / "describe" / "train.jsonl",
             run / "describe" / "test.jsonl",
             *_local_models(r.model.llm, r.model.encoder),
@@ -463,8 +490,11 @@ def run_stage(
     return manifest
 
 
-def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, int]:
-    """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected."""
+def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True, say: Say = print) -> dict[str, int]:
+    """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected.
+
+    `say` gets what the features will take on disk before the first is computed, and what they take in the end.
+    """
     if recipe.trainable.encoder_lora is not None:
         raise UserError(
             f"{recipe.path}: trainable.encoder_lora trains the encoder, so its features cannot be cached; "
@@ -472,20 +502,33 @@ def cache_features(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict
         )
     import torch
 
-    from speech_llm.data.features import FeatureStore
+    from speech_llm.audio import AudioError, duration_s
     from speech_llm.model import build_model
     from speech_llm.precision import choose_dtype
-    from speech_llm.training.loop import feature_root
+    from speech_llm.training.loop import open_features
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = build_model(
-        recipe.model, recipe.trainable, choose_dtype(recipe.optimizer.precision, device)
+        recipe.model, recipe.trainable, dtype=choose_dtype(recipe.optimizer.precision, device)
     )
     model.to(device)
-    store = FeatureStore(feature_root(), model, processor, recipe.model.encode, recipe.data.max_duration_s)
+    store = open_features(recipe, model, processor)
     tables = _tables(run_dir / "corpus")
     paths = [str((table.parent / row["audio"]).resolve()) for table in tables for _, row in read_jsonl(table)]
-    return store.fill(paths, progress)
+    lengths = []
+    for path in dict.fromkeys(paths):
+        with contextlib.suppress(AudioError):  # it will be rejected when it is read
+            lengths.append(duration_s(path))
+    bound = (
+        "no bound (cache.max_gb)" if recipe.cache.max_gb is None else f"cache.max_gb {recipe.cache.max_gb:g}"
+    )
+    say(
+        f"the features of {len(lengths):,} clips ({sum(lengths) / 60:,.1f} minutes) take about "
+        f"{store.predicted_bytes(lengths) / 1e6:,.1f} MB in {store.folder}; {bound}"
+    )
+    counts = store.fill(paths, progress)
+    say(f"all features in {store.entries.root} take {store.entries.size_bytes() / 1e6:,.1f} MB")
+    return counts
 
 
 def versions() -> dict[str, str]:

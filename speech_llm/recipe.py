@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from speech_llm.errors import UserError, nearest
+from speech_llm.recipe_data import CacheSection, RowsSource, check_stream
 from speech_llm.recipe_errors import sentence
 from speech_llm.recipe_eval import EvalSection
 from speech_llm.recipe_file import Source, read_recipe_file
@@ -144,6 +145,15 @@ class DataSection(Section):
     max_duration_s: float = Field(
         default=30.0, gt=0, le=30, description="longer clips are left out and counted, seconds"
     )
+    stream: bool = Field(
+        default=False,
+        description="render rows when their step comes: training begins at once and memory stays flat however many they are",
+    )
+    rows: list[RowsSource] = Field(
+        default_factory=list,
+        description="rows that are trained on as they are, beside the targets' and the mixture's; needs stream",
+    )
+    step_rows: Positive = Field(default=64, description="rows of an optimiser step, with stream")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -268,6 +278,7 @@ class Recipe(Section):
     seed: NotNegative = Field(default=0, description="the same seed gives the same run")
     model: ModelSection = Field(default_factory=ModelSection, description="encoder, connector, LLM")
     data: DataSection = Field(description="where the clips come from")
+    cache: CacheSection = Field(default_factory=CacheSection, description="encoder features kept on disk")
     describe: DescribeSection = Field(default_factory=DescribeSection, description="from sound to text")
     targets: TargetsSection = Field(description="who writes the answers")
     mixture: MixtureSection = Field(
@@ -366,6 +377,7 @@ class Recipe(Section):
         if not self.eval.json_probe.attributes:
             self.eval.json_probe.attributes = list(self.eval.attributes)
         check_learning(self)
+        check_stream(self)
         return self
 
     def _targets_consistent(self, attributes: list[str]) -> None:
@@ -414,6 +426,11 @@ class Recipe(Section):
         named = {key: self.resolve_path(source[key]) for key in MIXTURE_PATH_KEYS if source.get(key)}
         return {key: path for key, path in named.items() if key != "dataset" or path.is_dir()}
 
+    def row_paths(self, source: dict[str, Any]) -> dict[str, Path]:
+        """Files and folders that one item of `data.rows` names, by key; a hub dataset's name is none."""
+        named = {key: self.resolve_path(source[key]) for key in ROW_PATH_KEYS if source.get(key)}
+        return {key: path for key, path in named.items() if key != "dataset" or path.is_dir()}
+
     def to_yaml(self, command: str | None = None) -> str:
         """The whole recipe, defaults included and paths made absolute, so that it means the same anywhere."""
         values = self.model_dump(mode="json")
@@ -427,6 +444,8 @@ class Recipe(Section):
         if probe["attributes"] == values["eval"]["attributes"]:
             probe["attributes"] = []  # which says the same, and of every phase its own
         values["phases"] = [self._phase_values(phase) for phase in self.phases]
+        for item in values["data"]["rows"]:
+            item.update({key: str(path.resolve()) for key, path in self.row_paths(item).items()})
         for item in values["mixture"]["sources"]:
             item.update({key: str(path.resolve()) for key, path in self.mixture_paths(item).items()})
         head = f"# {command}\n" if command else ""
@@ -441,12 +460,17 @@ class Recipe(Section):
                 values[section][key] = [str(self.resolve_path(item).resolve()) for item in given]
             elif given is not None:
                 values[section][key] = str(self.resolve_path(given).resolve())
+        for item in (values.get("data") or {}).get("rows") or []:
+            item.update({key: str(path.resolve()) for key, path in self.row_paths(item).items()})
         return values
 
 
 # Keys that hold paths: relative to the recipe in the file, to where you stand in `--set` (where that exists).
 PATH_KEYS = (("data", "manifests"), ("targets", "prompts"), ("eval", "prompts"))
 MIXTURE_PATH_KEYS = ("rows", "demonstrations", "dataset")
+ROW_PATH_KEYS = ("path", "dataset")
+# The same of lists: section, list, keys of its items.
+ITEM_PATH_KEYS = (("mixture", "sources", MIXTURE_PATH_KEYS), ("data", "rows", ROW_PATH_KEYS))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -459,14 +483,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             part = data.get(section)
             if isinstance(part, dict) and key in part:
                 part[key] = _from_here(part[key], path)
-    if any(given[:1] == ("mixture",) for given, _ in source.overrides):
-        part = data.get("mixture")
-        for item in (part.get("sources") if isinstance(part, dict) else None) or []:
-            if isinstance(item, dict):
-                for key in MIXTURE_PATH_KEYS:
+    for section, key, names in ITEM_PATH_KEYS:
+        if any(given[:1] == (section,) and given[1:2] in ((), (key,)) for given, _ in source.overrides):
+            part = data.get(section)
+            for item in (part.get(key) if isinstance(part, dict) else None) or []:
+                for name in names if isinstance(item, dict) else ():
                     # What is no folder here is the name of a hub dataset.
-                    if key in item and (key != "dataset" or Path(str(item[key])).expanduser().is_dir()):
-                        item[key] = _from_here(item[key], path)
+                    if name in item and (name != "dataset" or Path(str(item[name])).expanduser().is_dir()):
+                        item[name] = _from_here(item[name], path)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

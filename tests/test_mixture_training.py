@@ -93,9 +93,10 @@ def test_a_text_row_in_a_batch_with_audio_rows_gives_the_loss_it_has_alone(
                 parameter.normal_(0, 0.2)
     store = FeatureStore(tmp_path / "features", model, processor)
     examples = [*read_examples(files[0]), *text_rows()[:3]]
-    data = build_training_set(examples, processor, store, 512, frozen, False)
+    data = build_training_set(examples, processor, store, 512, frozen, False, text_tokens=1)
     assert not data.rejects
     assert bool(data.prefix) == frozen
+    together = build_training_set(examples, processor, store, 512, frozen, False).packs[-1]
     student = Student(model, processor, store, run_prefix(model.llm, data.prefix), len(data.prefix))
 
     def loss(packs: list[Any]) -> torch.Tensor:
@@ -118,6 +119,9 @@ def test_a_text_row_in_a_batch_with_audio_rows_gives_the_loss_it_has_alone(
         )
         torch.testing.assert_close(expected, plain.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loss(text), torch.stack(alone).sum(), rtol=1e-4, atol=1e-4)
+    assert together.rows == ["replay/0", "replay/1", "replay/2"]  # rows of text share a sequence
+    both = loss([sound[0], together, sound[1]]) - loss([sound[0], sound[1]])
+    torch.testing.assert_close(both, torch.stack(alone).sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_text_rows_are_trained_on_after_those_of_the_targets(
@@ -125,7 +129,8 @@ def test_text_rows_are_trained_on_after_those_of_the_targets(
 ) -> None:
     counts = train(recipe, files, tmp_path / "mixed")
     assert counts["rows"] == 12 + 4
-    assert counts["packs"] == 6 + 4
+    assert counts["packs"] == 6 + 2  # six clips with two questions each; four rows of text in two
+    assert 0 < counts["padding_share"] < 0.5
     assert counts["rejected"] == 0
     assert counts["align"]["epochs"] == 1  # the warm-up looks at clips only
     assert counts["align"]["soft_words"]["epochs"] == 1

@@ -84,9 +84,11 @@ def mixture(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet 
 
 @app.command(
     epilog="""\b
-Example:
+Examples:
   speech-llm cache recipes/quickstart.yaml
-Training and evaluation fill the cache by themselves; this does it ahead, for instance on another machine.""",
+  speech-llm cache recipes/quickstart.yaml --set cache.max_gb=20
+Training and evaluation fill the cache by themselves; this does it ahead, for instance on another machine, and says first
+what it takes on disk.""",
 )
 def cache(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Encode every clip of a recipe once and keep the encoder's features."""
@@ -94,8 +96,9 @@ def cache(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = 
     from speech_llm.recipe import load_recipe
 
     run_dir = _run_stages(recipe, out, set_, quiet, "corpus")
-    counts = cache_features(load_recipe(recipe, set_ or ()), run_dir, not quiet)
-    typer.echo(f"features: {', '.join(f'{name} {count:,}' for name, count in counts.items())}")
+    counts = cache_features(load_recipe(recipe, set_ or ()), run_dir, not quiet, typer.echo)
+    told = (f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    typer.echo(f"clips: {', '.join(told)}")
 
 
 @app.command(

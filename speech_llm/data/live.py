@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from speech_llm.data.features import CACHE_DTYPE, FeatureStore
+from speech_llm.data.features import FeatureStore
 from speech_llm.errors import UserError
 
 
@@ -24,16 +24,15 @@ class LiveFeatures(FeatureStore):
         self, model: Any, processor: Any, encoding: str = "own_length", max_duration_s: float = 30.0
     ) -> None:
         super().__init__(Path(), model, processor, encoding, max_duration_s)
-        self._frames: dict[str, int] = {}
 
-    def fill(self, paths: Iterable[str], progress: bool = True, batch_clips: int = 8) -> dict[str, int]:
+    def fill(self, paths: Iterable[str], progress: bool = True) -> dict[str, int]:
         """Read every clip once: how long it is, and `rejects` for those that cannot be used."""
         new = [path for path in dict.fromkeys(paths) if path not in self._frames and path not in self.rejects]
         for path in tqdm(new, desc="read clips", unit="clip", disable=not progress or not new):
             decoded = self._decode(path)
             if decoded is not None:
                 self._frames[path] = max(1, int(self.processor.frames(decoded[1])))
-        return {"stored": 0, "found": 0, "rejected": len(self.rejects)}
+        return {"stored": 0, "found": 0, "rejected": len(self.rejects), "without_room": 0}
 
     def frame_count(self, path: str) -> int:
         if path not in self._frames:
@@ -41,11 +40,6 @@ class LiveFeatures(FeatureStore):
         if path in self.rejects:
             raise UserError(f"{path}: {self.rejects[path]}")
         return self._frames[path]
-
-    def size_bytes(self, path: str) -> int:
-        """What a clip's features would take on disk."""
-        config = self.model.config
-        return self.frame_count(path) * len(config.taps) * config.encoder_width * CACHE_DTYPE.itemsize
 
     @torch.no_grad()
     def load(self, path: str) -> Tensor:

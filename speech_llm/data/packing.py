@@ -4,12 +4,14 @@ In: rendered rows (token ids, answer spans, the clip). Out: `Pack`s and padded b
 
 A row is [constant prefix][audio, transcript][question][answer]. The rows of one clip differ only after the audio,
 so a pack holds that part once and every question/answer after it; each branch sees the shared part and itself,
-never its neighbours, at the positions it would have alone. Logits equal the unpacked ones.
+never its neighbours, at the positions it would have alone. Rows without sound are branches too, several to a pack, behind
+whatever they begin with alike (often nothing). Logits equal the unpacked ones.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +20,9 @@ from torch import Tensor
 from speech_llm.model.masks import branch_mask
 
 IGNORE = -100
+# Rows without sound share packs up to here: with SmolLM2 longer ones gain nothing (docs/results/packing.md), and the attention
+# of every pack grows with the square of its length.
+TEXT_PACK_TOKENS = 512
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Row:
 
 @dataclass
 class Pack:
-    """Rows of one clip behind their shared prefix (`shared` tokens, after the constant prefix is taken off)."""
+    """Rows of one clip, or without sound, behind their shared prefix (`shared` tokens, after the constant prefix is taken off)."""
 
     rows: list[str]
     clips: list[str]
@@ -64,12 +69,20 @@ def constant_prefix(rows: list[Row], audio_token_id: int) -> list[int]:
     return first[: max(0, min(length, min(span[0] for row in rows for span in row.spans) - 1))]
 
 
-def pack_rows(rows: list[Row], prefix_length: int, max_tokens: int) -> list[Pack]:
-    """Pack rows that name the same clips; a row whose own part would exceed `max_tokens` opens a new pack."""
+def pack_rows(
+    rows: list[Row], prefix_length: int, max_tokens: int, text_tokens: int | None = None
+) -> list[Pack]:
+    """Pack rows that name the same clips; a row whose own part would exceed `max_tokens` opens a new pack.
+
+    Rows without sound share packs of at most `text_tokens` (None: `max_tokens`); a longer one has a pack of its own.
+    """
     groups: dict[tuple[str, ...], list[Row]] = {}
+    silent: list[Row] = []
     for row in rows:
-        key = tuple(row.clips) if row.clips else (f"text:{row.id}",)
-        groups.setdefault(key, []).append(row)
+        if row.clips:
+            groups.setdefault(tuple(row.clips), []).append(row)
+        else:
+            silent.append(row)
     packs = []
     for group in groups.values():
         pack: list[Row] = []
@@ -82,11 +95,35 @@ def pack_rows(rows: list[Row], prefix_length: int, max_tokens: int) -> list[Pack
             pack.append(row)
             length += own
         packs.append(pack_group(pack, prefix_length))
-    return packs
+    filled = fill_packs(silent, prefix_length, max_tokens if text_tokens is None else text_tokens)
+    return packs + [pack_group(own, prefix_length) for own in filled]
+
+
+def fill_packs(rows: list[Row], prefix_length: int, tokens: int, most_open: int = 64) -> list[list[Row]]:
+    """Rows put together so that each group has at most `tokens` tokens of its own: each goes where it fits most tightly.
+
+    At most `most_open` groups wait for more, so that the work grows with the number of rows and neighbours stay near each other.
+    """
+    done: list[list[Row]] = []
+    waiting: list[tuple[int, list[Row]]] = []  # tokens that are free, rows
+    for row in rows:
+        own = len(row.ids) - prefix_length
+        fitting = [place for place, (free, _) in enumerate(waiting) if own <= free]
+        if fitting:
+            place = min(fitting, key=lambda place: waiting[place][0])
+            free, group = waiting.pop(place)
+            group.append(row)
+            waiting.append((free - own, group))
+            continue
+        waiting.append((tokens - own, [row]))
+        if len(waiting) > most_open:
+            fullest = min(range(len(waiting)), key=lambda place: waiting[place][0])
+            done.append(waiting.pop(fullest)[1])
+    return done + [group for _, group in waiting]
 
 
 def pack_group(rows: list[Row], prefix_length: int) -> Pack:
-    """One pack of rows with the same clips (or none): what they begin with alike is there once."""
+    """One pack of rows with the same clips (or all without): what they begin with alike is there once."""
     shared = min(min((span[0] for span in row.spans), default=len(row.ids)) - 1 for row in rows)
     first = rows[0].ids
     for row in rows:
@@ -182,3 +219,19 @@ def plan_epoch(packs: list[Pack], batch_tokens: int, seed: int, epoch: int) -> l
             batches.append(batch)
     rng.shuffle(batches)
     return batches
+
+
+def padding_share(packs: Sequence[Pack], batches: Sequence[Sequence[int]]) -> float:
+    """The share of the tokens that these batches compute which is padding."""
+    used = sum(len(packs[i].ids) for batch in batches for i in batch)
+    computed = sum(len(batch) * max(len(packs[i].ids) for i in batch) for batch in batches)
+    return 1 - used / computed if computed else 0.0
+
+
+def told_batches(packs: Sequence[Pack], batches: Sequence[Sequence[int]], prefix_length: int) -> str:
+    """How the rows of these batches are packed, in a sentence."""
+    rows = sum(len(packs[i].rows) for batch in batches for i in batch)
+    taken = sum(len(batch) for batch in batches)
+    share = 100 * padding_share(packs, batches)
+    told = f"{rows:,} rows in {taken:,} packs and {len(batches):,} batches, {share:.1f} % of their tokens padding"
+    return f"{told}; the {prefix_length} tokens that all begin with are run once" if prefix_length else told

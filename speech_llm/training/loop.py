@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.live import LiveFeatures
-from speech_llm.data.packing import plan_epoch
+from speech_llm.data.packing import TEXT_PACK_TOKENS, padding_share, plan_epoch, told_batches
+from speech_llm.data.stream import open_stream
 from speech_llm.errors import UserError
 from speech_llm.examples import read_examples
 from speech_llm.files import write_json, write_jsonl
@@ -89,26 +90,32 @@ def train(
             )
     origin = Origin(model, keep_base=recipe.loss.asks_base)
     rejects: list[dict[str, Any]] = []
-    rows = [row for path in (examples, extra_examples) if path for row in read_examples(path, rejects)]
+    files = [path for path in (examples, extra_examples) if path]
     llm_frozen = not any(p.requires_grad for p in model.llm.parameters())
-    data = build_training_set(
-        rows,
-        processor,
-        features,
-        settings.max_tokens,
-        llm_frozen,
-        show,
-        style=recipe.style,
-        needs_context=recipe.loss.asks_base,
-    )
+    data: Any
+    steps: Any
+    if recipe.data.stream:
+        data, steps = open_stream(recipe, files, processor, features, out_dir, main)
+    else:
+        data = build_training_set(
+            [row for path in files for row in read_examples(path, rejects)],
+            processor,
+            features,
+            settings.max_tokens,
+            llm_frozen,
+            show,
+            style=recipe.style,
+            needs_context=recipe.loss.asks_base,
+            text_tokens=min(TEXT_PACK_TOKENS, settings.batch_tokens),
+        )
     student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
     judge = verify_answers(data) if recipe.style == "rollout" else None
-    if main:
+    if main and not recipe.data.stream:
         write_jsonl(out_dir / "rejects.jsonl", [*rejects, *data.rejects])
-    if not data.packs:
+    if not data.packs and not recipe.data.stream:
         raise UserError(_nothing_to_train(recipe, examples, data, out_dir / "rejects.jsonl"))
     mute = [name for name, row in data.rows.items() if not row.clips and model.text_path_is_base]
-    if len(mute) == len(data.rows):
+    if mute and len(mute) == len(data.rows):
         raise UserError(
             f"{examples}: no row has sound, and without sound nothing takes part that trainable trains "
             f"(model.gate_adapters is {str(recipe.model.gate_adapters).lower()}); to learn plain text give trainable.lora with "
@@ -129,7 +136,12 @@ def train(
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, names = make_optimizer(model, settings)
-    steps = plan_steps(recipe, data, accelerator.num_processes)
+    if not recipe.data.stream:
+        steps = plan_steps(recipe, data, accelerator.num_processes)
+        batches = [batch for epoch, micro in steps for batch in micro if epoch == 0]
+    if show:
+        told = data.told() if recipe.data.stream else told_batches(data.packs, batches, len(data.prefix))
+        tqdm.write(f"an epoch: {told}")
     checkpoints = out_dir / "checkpoints"
     state: dict[str, Any] = {"seconds": 0.0, "align": None}
     found = latest_checkpoint(checkpoints)
@@ -166,7 +178,7 @@ def train(
         run_probe(0)
         warmed = recipe.trainable.connector and settings.align_epochs and fixed_vectors(model)
         if described is not None and warmed and start_from is None:
-            heard = [pack for pack in data.packs if pack.clips]
+            heard = [] if recipe.data.stream else [pack for pack in data.packs if pack.clips]
             state["align"] = warm_up(recipe, heard, student, described, out_dir, log.write, show)
             if state["align"]["epochs"]:
                 run_probe(WARMED_UP)
@@ -251,8 +263,15 @@ def train(
                 checkpoint(number + 1)
     log.close()
     counts = {
-        "rows": len(data.rows),
-        "packs": len(data.packs),
+        **(
+            {"rows": data.pool.total, "rows_a_step": recipe.data.step_rows}
+            if recipe.data.stream
+            else {
+                "rows": len(data.rows),
+                "packs": len(data.packs),
+                "padding_share": round(padding_share(data.packs, batches), 4),
+            }
+        ),
         "rejected": len(rejects) + len(data.rejects),
         "teach_nothing": len(mute),
         "steps": len(steps),
@@ -340,7 +359,7 @@ def open_features(recipe: Recipe, model: Any, processor: Any) -> FeatureStore:
     settings = recipe.model.encode, recipe.data.max_duration_s
     if recipe.trainable.encoder_lora is not None:
         return LiveFeatures(model, processor, *settings)
-    return FeatureStore(feature_root(), model, processor, *settings)
+    return FeatureStore(feature_root(), model, processor, *settings, recipe.cache.max_gb, recipe.cache.dtype)
 
 
 def feature_root() -> Path:

@@ -16,8 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speech_llm.data.features import FeatureStore
-from speech_llm.data.packing import Pack, Row, constant_prefix, pack_group, pack_rows
+from speech_llm.data.packing import (
+    TEXT_PACK_TOKENS,
+    Pack,
+    Row,
+    constant_prefix,
+    pack_group,
+    pack_rows,
+)
 from speech_llm.examples import Example, Message
+from speech_llm.model.masks import attention_window
 from speech_llm.targets.questions import Question
 from speech_llm.targets.verify import closed_options
 from speech_llm.training.pairs import wrong_answer
@@ -79,12 +87,15 @@ def build_training_set(
     progress: bool,
     style: str = "sft",
     needs_context: bool = False,
+    text_tokens: int = TEXT_PACK_TOKENS,
 ) -> TrainingSet:
     """Render every Example as its style asks and pack the rows of each clip.
 
     `needs_context`: the base LLM scores the rows too, so one without `context` is left out. `use_prefix`: the tokens with which
-    all rows begin are run once, which needs a frozen LLM.
+    all rows begin are run once, which needs a frozen LLM. `text_tokens`: the longest pack of rows without sound.
     """
+    window = attention_window(processor.config.get_text_config())
+    most = max_tokens if window is None else min(max_tokens, window)
     features.fill((part["path"] for e in examples for part in e.audio_parts()), progress=progress)
     options = closed_options([example.attributes for example in examples])
     rejects: list[dict[str, Any]] = []
@@ -100,15 +111,16 @@ def build_training_set(
             variants = [example]
             if style == "preference":
                 variants.append(_rejected(example, options))
-            rows = [_row(variant, processor, features, style) for variant in variants]
+            rows = [render_row(variant, processor, features, style) for variant in variants]
             told = (
                 [_teacher_row(*pair, processor) for pair in zip(variants, rows, strict=True)]
                 if needs_context
                 else []
             )
             for row in (*rows, *told):
-                if len(row.ids) > max_tokens:
-                    raise Unusable(f"{len(row.ids)} tokens; over {max_tokens} is left out, never cut")
+                if len(row.ids) > most:
+                    why = "" if most == max_tokens else ", which is how far back all layers of the LLM look,"
+                    raise Unusable(f"{len(row.ids)} tokens; over {most}{why} is left out, never cut")
         except Unusable as error:
             rejects.append({"id": example.id, "reason": str(error)})
             continue
@@ -127,7 +139,10 @@ def build_training_set(
     if style in ("preference", "rollout"):
         data.packs = [pack_group(group, len(data.prefix)) for group in groups]
     else:
-        data.packs = pack_rows(list(data.rows.values()), len(data.prefix), max_tokens)
+        room = max_tokens if window is None else min(max_tokens, window - len(data.prefix))
+        data.packs = pack_rows(
+            list(data.rows.values()), len(data.prefix), room, text_tokens=min(room, text_tokens)
+        )
     return data
 
 
@@ -164,7 +179,7 @@ def _rejected(example: Example, options: dict[str, list[str]]) -> Example:
     )
 
 
-def _row(example: Example, processor: Any, features: FeatureStore, style: str) -> Row:
+def render_row(example: Example, processor: Any, features: FeatureStore, style: str) -> Row:
     """The tokens of an Example and which of them are learned."""
     clips = [part["path"] for part in example.audio_parts()]
     counts = [features.frame_count(clip) for clip in clips]
