@@ -13,9 +13,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from eval.general import CHOICE, pick_choices
-from eval.matching import match_option, normalise_text, spoken_words
-from eval.safety import IDENTITY, REFUSAL, verdict
-from eval.stats import bootstrap_ratio, chance, majority, wilson_interval
+from eval.scoring import score_answer, summarise
 from eval.tasks import Instance, Task
 from speech_llm.errors import UserError
 from speech_llm.examples import Message, audio_parts
@@ -28,66 +26,6 @@ class Responder(Protocol):
     def respond(
         self, conversations: Sequence[list[Message]], on_answer: Callable[[int, str], None] | None = None
     ) -> list[str]: ...
-
-
-def score_answer(instance: Instance, response: str) -> dict[str, Any]:
-    """`{"parsed", "score"}` of one answer, and for WER also `errors` and `words`.
-
-    An answer that names no option or several is not parsed (`parsed` null) and scores 0. For WER, `score` is the
-    answer's own word error rate.
-    """
-    if instance.metric == "option":
-        match = match_option(response, instance.options or [], instance.synonyms)
-        return {"parsed": match.value, "score": float(match.value == instance.label), "reason": match.reason}
-    if instance.metric in ("exact", CHOICE):
-        # Dynamic-SUPERB's own metric: the same string, whatever its case.
-        said = response.strip()
-        return {"parsed": said or None, "score": float(said.casefold() == instance.label.strip().casefold())}
-    if instance.metric in (REFUSAL, IDENTITY):
-        said_as = verdict(instance.metric, response)
-        return {"parsed": said_as, "score": float(said_as == instance.label)}
-    import jiwer
-
-    reference, said = normalise_text(instance.label), normalise_text(spoken_words(response))
-    if not reference:
-        return {"parsed": None, "score": float(bool(said)), "errors": len(said.split()), "words": 0}
-    if not said:
-        count = len(reference.split())
-        return {"parsed": None, "score": 1.0, "errors": count, "words": count}
-    measured = jiwer.process_words(reference, said)
-    errors = measured.substitutions + measured.deletions + measured.insertions
-    words = len(reference.split())
-    return {"parsed": said, "score": errors / words, "errors": errors, "words": words}
-
-
-def summarise(instances: Sequence[Instance], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of one task from its scored rows."""
-    n = len(rows)
-    unparsed = sum(row["parsed"] is None for row in rows)
-    labels = [instance.label for instance in instances]
-    if instances and instances[0].metric == "wer":
-        errors, words = [row["errors"] for row in rows], [row["words"] for row in rows]
-        rate = sum(errors) / max(1, sum(words))
-        interval = bootstrap_ratio(errors, words)
-        return {"metric": "wer", "wer": round(rate, 4), "n": n, "unparsed": unparsed, "interval": _rounded(interval), "chance": None, "majority": None}  # fmt: skip
-    right = int(sum(row["score"] for row in rows))
-    options = instances[0].options if instances else None
-    return {
-        "metric": "accuracy",
-        "accuracy": round(right / n, 4) if n else None,
-        "n": n,
-        "unparsed": unparsed,
-        "interval": _rounded(wilson_interval(right, n)),
-        "chance": None if instances and instances[0].metric in (REFUSAL, IDENTITY) else chance(options),
-        # Where every instance has options of its own, no label is frequent; where one is right for all, the rate is the finding.
-        "majority": None
-        if instances and instances[0].metric in (CHOICE, REFUSAL, IDENTITY)
-        else majority(labels),
-    }
-
-
-def _rounded(pair: tuple[float, float]) -> list[float]:
-    return [round(value, 4) for value in pair]
 
 
 def evaluate(
@@ -167,9 +105,10 @@ def score_responses(tasks: Sequence[Task], responses: Path, out_dir: Path) -> di
         )
     write_jsonl(out_dir / "rejects.jsonl", rejects)
     results = _write_results(chosen, [answers.get(i, "") for i in range(len(chosen))], tasks, out_dir)
-    missing = len(chosen) - len(answers)
-    for task_result in results.values():
-        task_result["missing"] = missing
+    for task in tasks:
+        if task.name in results:
+            unanswered = [i for i, (owner, _) in enumerate(chosen) if owner is task and i not in answers]
+            results[task.name]["missing"] = len(unanswered)
     write_json(out_dir / "results.json", results)
     return results
 
@@ -192,6 +131,7 @@ def _write_results(
     ]
     write_jsonl(out_dir / "predictions.jsonl", rows)
     results: dict[str, dict[str, Any]] = {}
+    set_aside: list[dict[str, Any]] = []
     for task in tasks:
         mine = [(i, row) for (t, i), row in zip(chosen, rows, strict=True) if t.name == task.name]
         if not mine:
@@ -202,7 +142,10 @@ def _write_results(
             result[name] = summarise([i for i, _ in part], [r for _, r in part]) if part else None
         if task.rejects:
             result["rejected"] = len(task.rejects)
+            set_aside += [{"task": task.name, **row} for row in task.rejects]
         results[task.name] = result
+    if set_aside:
+        write_jsonl(out_dir / "task_rejects.jsonl", set_aside)
     write_json(out_dir / "results.json", results)
     return results
 

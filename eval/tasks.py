@@ -15,14 +15,12 @@ from speech_llm.errors import UserError, nearest
 from speech_llm.examples import Message, audio_parts
 from speech_llm.files import read_jsonl, write_jsonl
 
-METRICS = ("option", "wer", "exact", "choice", "refusal", "identity")
+METRICS = ("option", "exact", "wer", "cer", "per", "number", "f1", "choice", "refusal", "identity")
 
 
 @dataclass
 class Instance:
-    """One question. `metric`: "option" (names the right one of `options`), "wer" (words said), "exact" (same string),
-    "choice" (the likeliest of `options` as the continuation of the last turn's text),
-    "refusal" and "identity" (see `eval.safety`)."""
+    """One question. `metric`: how its answer is scored, one of `METRICS`; `eval.scoring` says what each means."""
 
     id: str
     messages: list[Message]
@@ -70,15 +68,32 @@ def write_task(task: Task, path: Path) -> None:
     )
 
 
-def load_tasks(spec: str) -> list[Task]:
-    """Tasks from `jsonl:FILE` (or a path that ends in .jsonl), `general[:NAME]`, `safety[:FILE]`,
-    `safety-spoken[:FILE]`. Bad lines are kept in the task's `rejects`.
+FORMS = {
+    "jsonl": "jsonl:FILE",
+    "dynamic-superb": "dynamic-superb:FOLDER_OR_HUB_ID",
+    "desta": "desta:FILE",
+    "general": "general[:NAME]",
+    "safety": "safety[:FILE]",
+    "safety-spoken": "safety-spoken[:FILE]",
+}
 
-    Raises `UserError` for an unknown form, a missing file, or a file without one usable line.
+
+def load_tasks(spec: str) -> list[Task]:
+    """Tasks from a reference of one of `FORMS` (or a path that ends in .jsonl). Bad rows are kept in the task's `rejects`.
+
+    Raises `UserError` for an unknown form, a missing file, or one without a usable row.
     """
     kind, _, rest = spec.partition(":")
     if kind == "jsonl" and rest:
         return _load_jsonl(Path(rest))
+    if kind == "dynamic-superb" and rest:
+        from eval.dynamic_superb import dynamic_superb_tasks
+
+        return dynamic_superb_tasks(rest)
+    if kind == "desta" and rest:
+        from eval.desta_rows import desta_task
+
+        return [desta_task(Path(rest))]
     if kind == "general":
         from eval.general import general_tasks
 
@@ -94,9 +109,8 @@ def load_tasks(spec: str) -> list[Task]:
         return tasks
     if spec.endswith(".jsonl"):
         return _load_jsonl(Path(spec))
-    known = ["jsonl", "general", "safety", "safety-spoken"]
     raise UserError(
-        f"unknown task {spec!r}; give jsonl:FILE, general[:NAME], safety[:FILE] or safety-spoken[:FILE].{nearest(kind, known)}"
+        f"unknown task {spec!r}; give one of {', '.join(FORMS.values())}.{nearest(kind, list(FORMS))}"
     )
 
 
@@ -144,6 +158,11 @@ def _instance(row: dict[str, Any], path: Path, number: int) -> tuple[Instance, s
             raise ValueError(f"metric {metric!r} needs a list 'options' of at least two")
         if label not in options:
             raise ValueError(f"the label {label!r} is not among the options {options}")
+    if metric == "number":
+        try:
+            float(label)
+        except (TypeError, ValueError):
+            raise ValueError(f"metric 'number' needs a number as the label, not {label!r}") from None
     for part in audio_parts(messages):
         if not part.get("path"):
             raise ValueError("an audio part has no 'path'")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.scoring import RATES
 from speech_llm.files import read_json, stable_hash, write_json
 from speech_llm.summary import score_of
 
@@ -128,9 +129,9 @@ def evaluate_phases(phases: Sequence[Recipe], folders: Sequence[Path], progress:
 
 
 def mean_score(results: dict[str, dict[str, Any]]) -> float | None:
-    """Mean over tasks of the accuracy, or of 1 - word error rate; None when nothing was scored."""
+    """Mean over tasks of the accuracy, or of 1 - the error rate; None when nothing was scored."""
     found = [score for score in map(score_of, results.values()) if score is not None]
-    values = [1 - value if metric == "wer" else value for metric, value in found]
+    values = [1 - value if metric in RATES else value for metric, value in found if metric != "mae"]
     return round(sum(values) / len(values), 4) if values else None
 
 

@@ -5,10 +5,23 @@ In: `results.json` of a run, or of one evaluation. Out: lines of text, numbers i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 # What stands beside the number itself in a task's result.
-_ASIDE = {"n", "unparsed", "interval", "chance", "majority", "seen", "unseen", "metric", "options"}
+_ASIDE = {
+    "n",
+    "unparsed",
+    "interval",
+    "chance",
+    "majority",
+    "seen",
+    "unseen",
+    "metric",
+    "options",
+    "exact",
+    "na_rate",
+}
 PEERS = ("chance", "majority", "cascade", "ceiling", "teacher")
 _SHOWN = {"speech_llm": "model"}
 
@@ -51,7 +64,7 @@ def results_table(results: dict[str, Any]) -> str:
     if not rows:
         return "no results yet"
     note = "per cent right; (WER): per cent of words wrong, less is better"
-    return f"{_align([head, *rows])}\n{note}"
+    return f"{align([head, *rows])}\n{note}"
 
 
 def scores_table(results: dict[str, Any]) -> str:
@@ -62,9 +75,10 @@ def scores_table(results: dict[str, Any]) -> str:
             result = whole if kind == "all" else whole[kind]
             metric, value = score_of(result) or ("", None)
             counts = [str(result.get("n", "")), str(result.get("unparsed", ""))]
-            beside = [_percent(result.get(name)) for name in ("chance", "majority")]
-            rows.append([task, kind, metric, _percent(value), _interval(result), *counts, *beside])
-    return _align(rows) if len(rows) > 1 else "nothing was scored"
+            told = _plain if metric == "mae" else _percent
+            beside = [told(result.get(name)) for name in ("chance", "majority")]
+            rows.append([task, kind, metric, told(value), _interval(result, told), *counts, *beside])
+    return align(rows) if len(rows) > 1 else "nothing was scored"
 
 
 def _parts(result: Any) -> list[str]:
@@ -78,12 +92,16 @@ def _percent(value: Any) -> str:
     return f"{100 * value:.1f}" if isinstance(value, (int, float)) else "-"
 
 
-def _interval(result: dict[str, Any]) -> str:
+def _plain(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) else "-"
+
+
+def _interval(result: dict[str, Any], told: Callable[[Any], str] = _percent) -> str:
     interval = result.get("interval")
-    return f"{_percent(interval[0])} to {_percent(interval[1])}" if interval and len(interval) == 2 else "-"
+    return f"{told(interval[0])} to {told(interval[1])}" if interval and len(interval) == 2 else "-"
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: list[list[str]]) -> str:
     """Columns side by side: words to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

@@ -11,7 +11,8 @@ import pytest
 
 from eval.json_probe import OTHER_WORDINGS, PLAIN, JsonScore, grid, json_series, score_json
 from eval.matching import match_option, spoken_words
-from eval.runner import evaluate, score_answer, score_responses
+from eval.runner import evaluate, score_responses
+from eval.scoring import score_answer
 from eval.stats import bootstrap_ratio, chance, majority, mcnemar, wilson_interval
 from eval.tasks import Instance, Task, load_tasks, write_task
 from speech_llm.errors import UserError

