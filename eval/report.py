@@ -202,7 +202,7 @@ def learning_curve(log: Sequence[dict[str, Any]]) -> str | None:
 
     Steps on soft words, which come before any sound is heard, stand before those on sound.
     """
-    steps = [row for row in log if "step" in row]
+    steps = [row for row in log if "step" in row and "loss" in row]
     words = [row for row in log if "soft_step" in row]
     if not steps:
         return None
