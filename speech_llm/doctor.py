@@ -105,6 +105,14 @@ def _needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) -> dic
             load_pool(recipe.resolve_path(pool))
         except UserError as error:
             problems.append(f"{key}: {error}")
+    for source in recipe.data.rows:
+        from speech_llm.data.shards import shard_files
+
+        try:
+            if source.path is not None:
+                shard_files(source.path, recipe.resolve_path(source.path))
+        except UserError as error:
+            problems.append(str(error))
     synthesize = recipe.data.synthesize
     if synthesize is not None and synthesize.natural_clips and machine["versions"]["onnxruntime"] is None:
         notes.append(

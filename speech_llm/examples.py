@@ -16,6 +16,8 @@ from speech_llm.files import read_jsonl, write_jsonl
 
 Message = dict[str, Any]
 AUDIO_MARK = "<|AUDIO|>"
+# Names that conversations on the hub use for the roles.
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 @dataclass
@@ -61,6 +63,17 @@ def audio_parts(messages: list[Message]) -> list[dict[str, Any]]:
         if isinstance(content, list):
             found += [part for part in content if part.get("type") == "audio"]
     return found
+
+
+def hub_turns(messages: Any) -> Any:
+    """Turns of the hub's other form (`from`, `value`) in ours; anything else as it is."""
+    if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
+        return messages
+    if "from" not in messages[0]:
+        return messages
+    return [
+        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in messages
+    ]
 
 
 def user_turn(text: str, audio: dict[str, Any] | None = None) -> Message:

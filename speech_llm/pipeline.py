@@ -339,7 +339,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        1,
+        2,
         lambda r: {"name": r.name},
         lambda r, run: [
             run / "results.json",

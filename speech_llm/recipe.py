@@ -428,7 +428,7 @@ class Recipe(Section):
 
     def row_paths(self, source: dict[str, Any]) -> dict[str, Path]:
         """Files and folders that one item of `data.rows` names, by key; a hub dataset's name is none."""
-        named = {key: self.resolve_path(source[key]) for key in ("path", "dataset") if source.get(key)}
+        named = {key: self.resolve_path(source[key]) for key in ROW_PATH_KEYS if source.get(key)}
         return {key: path for key, path in named.items() if key != "dataset" or path.is_dir()}
 
     def to_yaml(self, command: str | None = None) -> str:
@@ -460,12 +460,17 @@ class Recipe(Section):
                 values[section][key] = [str(self.resolve_path(item).resolve()) for item in given]
             elif given is not None:
                 values[section][key] = str(self.resolve_path(given).resolve())
+        for item in (values.get("data") or {}).get("rows") or []:
+            item.update({key: str(path.resolve()) for key, path in self.row_paths(item).items()})
         return values
 
 
 # Keys that hold paths: relative to the recipe in the file, to where you stand in `--set` (where that exists).
 PATH_KEYS = (("data", "manifests"), ("targets", "prompts"), ("eval", "prompts"))
 MIXTURE_PATH_KEYS = ("rows", "demonstrations", "dataset")
+ROW_PATH_KEYS = ("path", "dataset")
+# The same of lists: section, list, keys of its items.
+ITEM_PATH_KEYS = (("mixture", "sources", MIXTURE_PATH_KEYS), ("data", "rows", ROW_PATH_KEYS))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -478,14 +483,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             part = data.get(section)
             if isinstance(part, dict) and key in part:
                 part[key] = _from_here(part[key], path)
-    if any(given[:1] == ("mixture",) for given, _ in source.overrides):
-        part = data.get("mixture")
-        for item in (part.get("sources") if isinstance(part, dict) else None) or []:
-            if isinstance(item, dict):
-                for key in MIXTURE_PATH_KEYS:
+    for section, key, names in ITEM_PATH_KEYS:
+        if any(given[:1] == (section,) and given[1:2] in ((), (key,)) for given, _ in source.overrides):
+            part = data.get(section)
+            for item in (part.get(key) if isinstance(part, dict) else None) or []:
+                for name in names if isinstance(item, dict) else ():
                     # What is no folder here is the name of a hub dataset.
-                    if key in item and (key != "dataset" or Path(str(item[key])).expanduser().is_dir()):
-                        item[key] = _from_here(item[key], path)
+                    if name in item and (name != "dataset" or Path(str(item[name])).expanduser().is_dir()):
+                        item[name] = _from_here(item[name], path)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

@@ -16,6 +16,7 @@ import torch
 from learning import tiny_examples, tiny_recipe
 
 import speech_llm.training.loop as loop
+from speech_llm.cli import main
 from speech_llm.errors import UserError
 from speech_llm.examples import write_examples
 from speech_llm.files import read_json, read_jsonl
@@ -116,6 +117,23 @@ def test_any_checkpoint_is_a_model_without_its_optimiser(trained: Path, tmp_path
         export_checkpoint(best, tmp_path / "other")
     with pytest.raises(UserError, match="not a whole checkpoint"):
         export_checkpoint(tmp_path, tmp_path / "other")
+
+
+def test_export_on_the_command_line_takes_a_checkpoint_or_a_run(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*arguments: str) -> Any:
+        with pytest.raises(SystemExit) as ended:
+            main(["export", *arguments])
+        return ended.value.code
+
+    assert call(str(trained), "--out", str(tmp_path / "newest")) == 0
+    assert "after step 8" in capsys.readouterr().out
+    newest, last = (folder / "model.safetensors" for folder in (tmp_path / "newest", trained / "model"))
+    assert newest.read_bytes() == last.read_bytes()
+    assert call(str(trained), "--out", str(tmp_path / "newest")) == 2
+    assert call(str(tmp_path / "nothing"), "--out", str(tmp_path / "other")) == 2
+    assert "not a whole checkpoint" in capsys.readouterr().err
 
 
 def test_a_folder_without_its_state_is_no_checkpoint(tmp_path: Path) -> None:

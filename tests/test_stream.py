@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import socket
 import tarfile
 import time
 import tracemalloc
@@ -20,6 +23,7 @@ from tiny_models import tiny_model
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.shards import JsonlRows, StreamedRows, example_of, open_files, shard_files
 from speech_llm.data.stream import Place, RowPool, Stream, open_stream
+from speech_llm.doctor import examine
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, read_examples, write_examples
 from speech_llm.files import read_jsonl
@@ -123,6 +127,30 @@ def test_files_that_cannot_be_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"nor is this")
     with pytest.raises(UserError, match=r"a.parquet: not parquet files"):
         open_files([tmp_path / "a.parquet"])
+
+
+def test_turns_of_the_hubs_other_form_and_plain_text_are_rows_too(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<|AUDIO|>Who?"}, {"from": "gpt", "value": "A man."}]
+    sound = {"path": "a.wav", "bytes": b"RIFF"}
+    made = example_of(
+        "x", {"talk": turns, "sound": sound}, None, {"messages": "talk", "audio": "sound"}, tmp_path
+    )
+    assert [turn["role"] for turn in made.messages] == ["user", "assistant"]
+    assert Path(made.audio_parts()[0]["path"]).read_bytes() == b"RIFF"
+    assert example_of("x", {"body": "Words."}, None, {"text": "body"}, tmp_path).text == "Words."
+    with pytest.raises(ValueError, match=r"no column 'bdy'.*body"):
+        example_of("x", {"body": "Words."}, None, {"text": "bdy"}, tmp_path)
+    alone = example_of("x", {"q": "2+2?", "a": "4"}, None, {"user": "q", "assistant": "a"}, tmp_path)
+    assert alone.messages[0]["content"] == "2+2?"
+
+
+def test_paths_of_rows_start_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").write_text("")
+    quickstart = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    sets = ["optimizer.soft_word_epochs=0", "data.stream=true", "data.rows=[{path: here.jsonl}]"]
+    made = load_recipe(quickstart, sets)
+    assert made.resolve_path(made.data.rows[0].path or "") == tmp_path / "here.jsonl"
 
 
 def test_lines_are_found_wherever_blocks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +359,50 @@ def test_processes_plan_the_same_steps_and_share_their_batches(
         assert sorted([*first, *second]) == sorted(row for batch in step for pack in batch for row in pack)
 
 
+def test_two_processes_stream_what_one_does(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # processes are forked, and speak by gloo
+    recipe = streaming_recipe(monkeypatch, data, "optimizer.batch_tokens=128", "optimizer.max_steps=4")
+    run(recipe, data, tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                AcceleratorState._reset_state(True)
+                os.environ |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }  # fmt: skip
+                run(recipe, data, tmp_path / "two")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+        os.setpgid(child, children[0])  # so that whichever ends first is waited for
+    ended = [os.waitstatus_to_exitcode(os.waitpid(-children[0], 0)[1])]
+    if ended[0]:  # the other would wait for it
+        os.killpg(children[0], signal.SIGKILL)
+    ended.append(os.waitstatus_to_exitcode(os.waitpid(-children[0], 0)[1]))
+    assert ended == [0, 0]
+    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    logs = [
+        [row["loss"] for _, row in read_jsonl(tmp_path / name / "train" / "log.jsonl") if "loss" in row]
+        for name in ("one", "two")
+    ]
+    assert len(logs[0]) == 4
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
 def test_streamed_and_held_rows_have_the_same_logits(
     monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
 ) -> None:
@@ -369,12 +441,13 @@ def test_what_streaming_cannot_do_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=wanted):
             load_recipe(quickstart, [*plain, *sets])
-    made = load_recipe(
-        quickstart, [*plain, "data.stream=true", "data.rows=[{path: a.jsonl}, {dataset: X/y}]"]
-    )
+    rows = "data:\n  stream: true\n  rows: [{path: a.jsonl}, {dataset: X/y}]\n"
+    (tmp_path / "r.yaml").write_text(quickstart.read_text().replace("data:\n", rows))
+    made = load_recipe(tmp_path / "r.yaml", plain)
+    assert any("a.jsonl: no such file" in problem for problem in examine(made)["recipe"]["problems"])
     (tmp_path / "again.yaml").write_text(made.to_yaml())
     again = load_recipe(tmp_path / "again.yaml")
-    assert again.data.rows[0].path == str(quickstart.parent / "a.jsonl")
+    assert again.data.rows[0].path == str(tmp_path / "a.jsonl")
     assert again.data.rows[1].dataset == "X/y"
 
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from speech_llm.cli.app import Quiet, app, names_of
-from speech_llm.errors import UserError
 
 
 class Adapters(str, Enum):
@@ -134,19 +133,20 @@ Examples:
   speech-llm report runs/quickstart runs/slower --out compare.html""",
 )
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run folders", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="run folders, or what `eval` wrote", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write")] = Path(
         "report.html"
     ),
 ) -> None:
-    """One HTML file about one or several runs."""
-    for run_dir in runs:
-        if not run_dir.is_dir():
-            raise UserError(f"{run_dir}: no such run folder; make one with `speech-llm run RECIPE.yaml`")
+    """One HTML file about one or several runs, and its numbers as JSON and CSV."""
     from eval.report import write_report
 
-    write_report(runs, out)
-    typer.echo(f"report: {out}")
+    for _, reason in write_report(runs, out):
+        typer.echo(f"set aside: {reason}", err=True)
+    typer.echo(f"report: {out}\nnumbers: {out.parent / 'results.csv'}")
 
 
 @app.command(

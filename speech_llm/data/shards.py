@@ -27,7 +27,7 @@ import numpy as np
 
 from speech_llm.audio import SUFFIXES
 from speech_llm.errors import UserError, nearest
-from speech_llm.examples import Example, example_from_row
+from speech_llm.examples import Example, example_from_row, hub_turns
 from speech_llm.files import atomic_write, explain_os_error
 
 KINDS = (".jsonl", ".parquet", ".arrow", ".tar")
@@ -264,6 +264,8 @@ def example_of(
     """A row as an Example, its sounds as files. Raises `ValueError` with a sentence when it is none."""
     row = _mapped(row, columns) if columns else row
     row = _written(row, clips)
+    if "messages" in row:
+        row = {**row, "messages": hub_turns(row["messages"])}
     if isinstance(row.get("audio"), (str, dict)) and not row.get("audios"):
         row = {**row, "audios": [row["audio"]]}
     example = example_from_row({k: v for k, v in row.items() if v is not None}, base)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speech_llm.errors import UserError, nearest
-from speech_llm.examples import Example, example_from_row
+from speech_llm.examples import Example, example_from_row, hub_turns
 from speech_llm.files import explain_os_error
 from speech_llm.mixture.share import Budget, promised
 
@@ -26,8 +26,6 @@ PACKAGED = {name: Path(__file__).parent / f"{name}.jsonl" for name in ("general"
 REFUSAL, LOOK_ALIKE = "refusal", "look_alike"
 # Rows of a stream that are held at a time, to be drawn from by chance.
 STREAM_BUFFER = 1000
-# Names that conversations on the hub use for the roles.
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 @dataclass
@@ -87,17 +85,7 @@ class TextRows:
                 if column is not None and (role != "system" or row[column]):
                     turns.append({"role": role, "content": row[column]})
             row = {"id": row.get("id"), "messages": turns}
-        messages = row.get("messages")
-        if (
-            isinstance(messages, list)
-            and messages
-            and isinstance(messages[0], dict)
-            and "from" in messages[0]
-        ):
-            row["messages"] = [
-                {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
-                for turn in messages
-            ]
+        row = {**row, "messages": hub_turns(row.get("messages"))}
         # Other columns of a dataset may be called as an Example's parts are, and mean something else.
         return {key: row[key] for key in ("id", "messages", "source") if row.get(key) is not None}
 

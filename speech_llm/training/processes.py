@@ -65,8 +65,9 @@ class Processes:
         self.accelerator.log(numbers, step=step)
 
     def close(self) -> None:
-        """End the trackers."""
-        self.accelerator.end_training()
+        """End the trackers; the processes stay connected, as another phase may follow."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def mine(self, batches: Sequence[list[int]]) -> list[tuple[int, list[int], float]]:
         """(place in the step, batch, factor) of this process. Shards need the same number of batches everywhere: factor 0 fills up."""
