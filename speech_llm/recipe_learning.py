@@ -193,9 +193,6 @@ class OptimizerSection(Section):
         default=False,
         description="compute the LLM's activations again in the backward pass instead of keeping them: less memory, more time",
     )
-    compile: bool = Field(
-        default=False, description="compile the LLM (torch.compile): slower to start, needs a C++ compiler"
-    )
     trackers: list[Text] = Field(
         default_factory=list,
         description="trackers, by the names that accelerate has for them (tensorboard, wandb, ...), that get every step's figures",

@@ -41,7 +41,7 @@ from speech_llm.training.feed import Feed
 from speech_llm.training.log import TrainingLog, memory_mb
 from speech_llm.training.objectives import Objective, PairLoss, TokenLoss
 from speech_llm.training.optimizer import make_optimizer
-from speech_llm.training.processes import Processes, decoder_layers
+from speech_llm.training.processes import Processes
 from speech_llm.training.rollout import Judge, RolloutLoss, verify_answers
 from speech_llm.training.rows import NO_CONTEXT, TrainingSet, build_training_set
 from speech_llm.training.step import Step, seed_chance
@@ -203,9 +203,6 @@ def train(
     processes.same_start([p for p in model.parameters() if p.requires_grad])
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if settings.compile:
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
     processes.shard(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, names = make_optimizer(model, settings, one_by_one=processes.sharded)
