@@ -24,6 +24,7 @@ from speech_llm.choosing import by_context, choose_by_form, choose_in_chat, choo
 from speech_llm.data.features import FeatureStore, stack_features
 from speech_llm.errors import UserError
 from speech_llm.examples import Message, audio_parts
+from speech_llm.files import read_json
 from speech_llm.generation import Prompt, answer_chats, end_of_turn_ids, generate
 from speech_llm.targets.score import score_answers
 
@@ -322,5 +323,8 @@ def load_speech_model(
     model.to(device).eval()
     if lora_scale is not None:
         model.set_lora_scale(lora_scale)
-    features = FeatureStore(cache_dir() / "features", model, processor, model.config.encoding)
+    # The features are kept as they were in training, under the bound that the user set there.
+    training = folder / "training.json"
+    cache = read_json(training).get("cache", {}) if training.exists() else {}
+    features = FeatureStore(cache_dir() / "features", model, processor, model.config.encoding, **cache)
     return SpeechResponder(model, processor, features, max_new_tokens, batch_tokens)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from learning import QUICKSTART, on_tiny_models, tones
+from learning import QUICKSTART, asked_tones, on_tiny_models, tiny_recipe, tones
 from tiny_models import tiny_model
 
+import speech_llm.model
 from speech_llm.audio import duration_s
 from speech_llm.cli import _exit_code
 from speech_llm.data import entries as entries_module
@@ -23,8 +24,11 @@ from speech_llm.data.encodings import measure_encodings
 from speech_llm.data.features import FeatureStore, feature_key
 from speech_llm.doctor import as_text, examine
 from speech_llm.errors import UserError
+from speech_llm.examples import write_examples
 from speech_llm.files import write_jsonl
 from speech_llm.recipe import load_recipe
+from speech_llm.responders import load_speech_model
+from speech_llm.training import loop
 
 CLIPS = 24
 
@@ -266,3 +270,24 @@ def test_the_encodings_are_compared_over_real_frames(tmp_path: Path, paths: list
     assert [row["layer"] for row in found["layers"]] == [1, 2, 3]
     assert all(0 < row["difference"] < 1 and 0 < row["cosine"] <= 1 for row in found["layers"])
     assert found["seconds"]["padded"] > found["seconds"]["own_length"]
+
+
+def test_a_trained_model_keeps_to_the_bound_and_the_format_that_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(
+        monkeypatch, tmp_path, "cache.max_gb=0.5", "cache.dtype=float32", "optimizer.max_steps=1"
+    )
+    examples, _ = asked_tones(tmp_path / "clips", 2)
+    write_examples(tmp_path / "examples.jsonl", examples)
+    folder = tmp_path / "model"
+    loop.train(recipe, tmp_path / "examples.jsonl", tmp_path / "train", folder, progress=False)
+    model, processor = tiny_model()
+    monkeypatch.setattr(
+        speech_llm.model.SpeechLLMForConditionalGeneration, "from_pretrained", lambda *_, **__: model
+    )
+    monkeypatch.setattr(speech_llm.model.SpeechLLMProcessor, "from_pretrained", lambda *_: processor)
+    features = load_speech_model(folder).features
+    assert (features.entries.max_bytes, features.dtype) == (500_000_000, torch.float32)
+    clip = str(examples[0].audio_parts()[0]["path"])
+    assert features.entry(clip).exists()  # what training stored

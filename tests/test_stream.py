@@ -213,7 +213,9 @@ def hub_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_stream_gives_the_same_rows_wherever_it_is_taken_up_again(tmp_path: Path, hub_folder: Path) -> None:
+def test_a_stream_gives_the_same_rows_wherever_it_is_taken_up_again(
+    tmp_path: Path, hub_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def open_it(name: str) -> StreamedRows:
         return StreamedRows(str(hub_folder), None, "train", 32, tmp_path / name)
 
@@ -226,6 +228,10 @@ def test_a_stream_gives_the_same_rows_wherever_it_is_taken_up_again(tmp_path: Pa
     assert [row[1]["q"] for row in again.block(5)] == blocks[5]
     assert [row[1]["q"] for row in again.block(6)] == blocks[6]
     assert [row[1]["q"] for row in open_it("b").block(3)] == blocks[3]  # without
+    monkeypatch.setattr("speech_llm.data.shards.KEPT_BLOCKS", 3)  # a few of what a long run would keep
+    open_it("d").block(9)
+    assert sorted(int(file.stem) for file in (tmp_path / "d").iterdir()) == [3, 6, 8, 9, 10]
+    assert [row[1]["q"] for row in open_it("d").block(5)] == blocks[5]
     with pytest.raises(UserError, match="split dev: not a dataset that could be loaded"):
         StreamedRows(str(hub_folder), None, "dev", 32, tmp_path / "c")
 

@@ -31,6 +31,8 @@ from speech_llm.examples import Example, example_from_row, hub_turns
 from speech_llm.files import atomic_write, explain_os_error
 
 KINDS = (".jsonl", ".parquet", ".arrow", ".tar")
+# Places in a stream that are kept, the latest of them all and of those before one in so many.
+KEPT_BLOCKS = 512
 # Blocks in which lines are looked for.
 _READ_BYTES = 1 << 22
 
@@ -253,6 +255,9 @@ class StreamedRows:
 
     def _keep(self, number: int) -> None:
         path = self.folder / f"{number}.json"
+        old = number - KEPT_BLOCKS
+        if old % KEPT_BLOCKS:
+            (self.folder / f"{old}.json").unlink(missing_ok=True)
         if not path.exists():
             with atomic_write(path) as handle:
                 json.dump(self._stream.state_dict(), handle)

@@ -291,7 +291,8 @@ def train(
     last = latest_checkpoint(checkpoints)
     assert last is not None
     if main:
-        export_checkpoint(last, model_dir, {"recipe": recipe.name, **counts})
+        told = {"recipe": recipe.name, "cache": recipe.cache.model_dump(), **counts}
+        export_checkpoint(last, model_dir, told)
     processes.wait()
     processes.close()
     return counts
