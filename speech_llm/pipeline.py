@@ -223,6 +223,8 @@ def _targets_part(recipe: Recipe) -> dict[str, Any]:
     return part
 
 
+# What of `optimizer` changes nothing of what is learned, so that a stopped training can go on with other values.
+UNFELT = ("checkpoint_every", "keep", "workers", "trackers")
 STAGE_NAMES = ("corpus", "describe", "targets", "mixture", "train", "eval", "report")
 # Bump a stage's version with every change that makes the same recipe and input give another output.
 STAGES: tuple[Stage, ...] = (
@@ -294,10 +296,9 @@ STAGES: tuple[Stage, ...] = (
             "trainable": _pick(r.trainable),
             "style": r.style,
             # How often a checkpoint is kept changes nothing that is learned.
-            "optimizer": {
-                k: v for k, v in _pick(r.optimizer).items() if k not in ("checkpoint_every", "keep")
-            },
+            "optimizer": {k: v for k, v in _pick(r.optimizer).items() if k not in UNFELT},
             "probes": {name: _pick(getattr(r.eval, f"{name}_probe")) for name in r.eval.probes},
+            **({} if r.eval.probe_every is None else {"probe_every": r.eval.probe_every}),
         },
         lambda r, run: [
             run / "targets" / "examples.jsonl",

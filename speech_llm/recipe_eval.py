@@ -59,6 +59,9 @@ class EvalSection(Section):
         default=["json"],
         description="what is watched before training, after the warm-up and after every epoch",
     )
+    probe_every: Positive | None = Field(
+        default=None, description="also every so many steps while it trains; null = at epochs only"
+    )
     json_probe: JsonProbeSection = Field(
         default_factory=JsonProbeSection, description="probe json: does it still answer in JSON"
     )

@@ -181,7 +181,26 @@ class OptimizerSection(Section):
         default="auto", description="auto = bfloat16 where it is faster"
     )
     checkpoint_every: Positive = Field(default=50, description="steps between checkpoints")
-    keep: Positive = Field(default=2, description="checkpoints kept")
+    keep: Positive = Field(default=2, description="newest checkpoints kept")
+    best: Text | None = Field(
+        default=None,
+        description='series of a probe whose best checkpoint is kept too, as PROBE.SERIES, for instance "json.audio answer"',
+    )
+    workers: NotNegative = Field(
+        default=1, description="threads that read the features of coming batches; 0 = read when they are used"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="compute the LLM's activations again in the backward pass instead of keeping them: less memory, more time",
+    )
+    trackers: list[Text] = Field(
+        default_factory=list,
+        description="trackers, by the names that accelerate has for them (tensorboard, wandb, ...), that get every step's figures",
+    )
+    kl_every: NotNegative = Field(
+        default=50,
+        description="steps between measurements of the divergence from the base LLM on the batch; 0 = never",
+    )
 
 
 # Which losses teach what each style gives.

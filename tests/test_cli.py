@@ -26,6 +26,7 @@ VERBS = (
     "targets",
     "mixture",
     "cache",
+    "export",
     "train",
     "eval",
     "score",

@@ -87,7 +87,7 @@ def test_recipe_trains_two_steps_on_tiny_models(
             start_from=tmp_path / str(number - 1) / "model" if number else None,
             extra_examples=tmp_path / "text.jsonl" if phase.mixture.sources else None,
         )
-        steps = [row for _, row in read_jsonl(out / "train" / "log.jsonl") if "step" in row]
+        steps = [row for _, row in read_jsonl(out / "train" / "log.jsonl") if "grad_norm" in row]
         assert len(steps) == counts["steps"] == 2
         assert all(math.isfinite(row["loss"]) for row in steps)
         # Of 6 clips: their transcripts, 12 answers, or 12 pairs of answers.

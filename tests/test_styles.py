@@ -12,6 +12,7 @@ from learning import tiny_examples, tiny_recipe
 from tiny_models import tiny_encoder, tiny_llm, tiny_model
 
 import speech_llm.training.loop as loop
+import speech_llm.training.step as step
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.live import LiveFeatures
 from speech_llm.errors import UserError
@@ -19,6 +20,7 @@ from speech_llm.examples import Example, write_examples
 from speech_llm.files import read_json, read_jsonl
 from speech_llm.model import SpeechLLMForConditionalGeneration
 from speech_llm.recipe import Recipe
+from speech_llm.training.log import MEASURED
 from speech_llm.training.rows import TrainingSet
 
 LORA = "trainable.lora={rank: 2, dropout: 0.1}"
@@ -54,7 +56,7 @@ def run(recipe: Recipe, folder: Path, probe: Any = None, **more: Any) -> dict[st
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(folder / "train" / "log.jsonl") if "step" in row]
+    return [row for _, row in read_jsonl(folder / "train" / "log.jsonl") if "grad_norm" in row]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,17 +78,15 @@ def test_a_run_killed_between_steps_ends_as_an_uninterrupted_one(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    real = loop.set_learning_rates
+    real = step.set_learning_rates
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "set_learning_rates", killed)
+        patched.setattr(step, "set_learning_rates", killed)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / "parts")
     run(recipe, tmp_path / "parts")
 
     def timeless(folder: Path) -> list[dict[str, Any]]:
-        return [
-            {k: v for k, v in row.items() if "second" not in k and "_per_s" not in k} for row in steps(folder)
-        ]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in steps(folder)]
 
     assert len(timeless(tmp_path / "whole")) == 4
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
@@ -211,7 +211,7 @@ def test_a_part_may_have_its_own_learning_rate_and_a_line_says_what_is_trained(
     said = "".join(capsys.readouterr())
     assert "parameters are trained" in said
     assert "frozen: encoder" in said
-    row = next(row for _, row in read_jsonl(tmp_path / "train" / "log.jsonl") if "step" in row)
+    row = next(row for _, row in read_jsonl(tmp_path / "train" / "log.jsonl") if "grad_norm" in row)
     assert row["lr"]["connector"] == pytest.approx(10 * row["lr"]["adapters"])
 
 

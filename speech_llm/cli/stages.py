@@ -1,4 +1,4 @@
-"""The verbs that run the stages of a recipe: run, targets, mixture, cache, train."""
+"""The verbs that run the stages of a recipe: run, targets, mixture, cache, train; and export of what training keeps."""
 
 from __future__ import annotations
 
@@ -111,6 +111,35 @@ def train(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = 
     """Up to a trained model: corpus, describe, targets, train."""
     run_dir = _run_stages(recipe, out, set_, quiet, "train")
     typer.echo(f"model: {run_dir / 'model'}")
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  speech-llm export runs/quickstart/train/checkpoints/step-000150 --out models/earlier
+  speech-llm export runs/quickstart --out models/newest     # the newest checkpoint of a run that is still going on
+The best checkpoint by a probe is kept beside the newest with --set "optimizer.best=json.audio answer".""",
+)
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="a checkpoint's folder, or a run's", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="the model's folder", show_default=False)],
+) -> None:
+    """Make a model of any checkpoint, without its optimiser."""
+    from speech_llm.errors import UserError
+    from speech_llm.training.checkpoint import export_checkpoint, latest_checkpoint
+
+    found: Path | None = checkpoint
+    if (checkpoint / "train" / "checkpoints").is_dir():
+        found = latest_checkpoint(checkpoint / "train" / "checkpoints")
+    if found is None:
+        raise UserError(f"{checkpoint}: it has no checkpoint yet")
+    if out.exists():
+        raise UserError(f"{out}: there is something already; give another --out")
+    state = export_checkpoint(found, out)
+    typer.echo(f"model after step {state['step']}: {out}")
 
 
 def _run_stages(recipe: Path, out: Path | None, overrides: list[str] | None, quiet: bool, until: str) -> Path:

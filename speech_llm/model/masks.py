@@ -62,3 +62,20 @@ def logits_only_at(llm: Any, wanted: Tensor | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def states_at(llm: Any, wanted: Tensor) -> Iterator[list[Tensor]]:
+    """Within it the output layer sees one position only; the list gets the states (n, width) of all that `wanted` (b, l) selects."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        states = args[0][wanted]
+        found.append(states)
+        return (states[None, :1], *args[1:])
+
+    handle = llm.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from speech_llm.files import JsonlAppender, write_jsonl
+
+# What a row tells of the machine and not of the training: two runs of one recipe differ in these fields only.
+MEASURED = ("seconds", "rows_per_s", "answer_tokens_per_s", "wait_s", "memory_mb", "probe_seconds")
+
+
+def memory_mb() -> int:
+    """The most memory that this process held so far: of its GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 class TrainingLog:

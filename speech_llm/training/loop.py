@@ -9,9 +9,7 @@ run continues from its last checkpoint as if nothing had happened. What the loss
 
 from __future__ import annotations
 
-import os
-import resource
-import shutil
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,18 +24,30 @@ from speech_llm.data.packing import TEXT_PACK_TOKENS, padding_share, plan_epoch,
 from speech_llm.data.stream import open_stream
 from speech_llm.errors import UserError
 from speech_llm.examples import read_examples
-from speech_llm.files import write_json, write_jsonl
+from speech_llm.files import write_jsonl
 from speech_llm.kv_cache import run_prefix
-from speech_llm.model.trainable import told_parts, trained_parts
-from speech_llm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from speech_llm.training.log import TrainingLog
-from speech_llm.training.losses import all_finite, l2_start
+from speech_llm.model.trainable import part_of, told_parts, trained_parts
+from speech_llm.training.best import Best
+from speech_llm.training.checkpoint import (
+    export_checkpoint,
+    latest_checkpoint,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_checkpoint,
+    save_form,
+)
+from speech_llm.training.feed import Feed
+from speech_llm.training.log import TrainingLog, memory_mb
 from speech_llm.training.objectives import Objective, PairLoss, TokenLoss
-from speech_llm.training.optimizer import make_optimizer, set_learning_rates
+from speech_llm.training.optimizer import make_optimizer
+from speech_llm.training.processes import Processes
 from speech_llm.training.rollout import Judge, RolloutLoss, verify_answers
 from speech_llm.training.rows import NO_CONTEXT, TrainingSet, build_training_set
+from speech_llm.training.step import Step, seed_chance
 from speech_llm.training.student import Origin, Student
 from speech_llm.training.warm_up import fixed_vectors, warm_up
+from speech_llm.training.watch import BaseDivergence
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
@@ -62,22 +72,22 @@ def train(
     """Train by a recipe; resumes from the newest checkpoint under `out_dir`; writes the model to `model_dir`.
 
     `described`: the described training clips, for the connector's warm-up. `probe(model, processor, epoch)` is called
-    before the first step (epoch 0), after the warm-up (0.5) and after every epoch; its result is logged. `extra_examples`: rows
+    before the first step (epoch 0), after the warm-up (0.5), after every epoch and every `eval.probe_every` steps (a fraction of an
+    epoch); its result is logged. `extra_examples`: rows
     mixed in after those of `examples`. `start_from`: a trained model whose weights this training goes on from.
     `ask_base(model, processor)` is called once, with the base LLM, before anything that was trained is loaded. Returns the counts
     of the stage.
     """
-    from accelerate import Accelerator
-
     from speech_llm.model import build_model
     from speech_llm.precision import choose_dtype
 
     settings = recipe.optimizer
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    main, device = accelerator.is_main_process, accelerator.device
+    processes = Processes(settings.trackers, out_dir)
+    main, device = processes.main, processes.device
     show = progress and main
     torch.manual_seed(recipe.seed)
-    dtype = choose_dtype(settings.precision, device)
+    # Which format is faster is measured, so only one process says it.
+    dtype = processes.gathered(choose_dtype(settings.precision, device))[0]
     model, processor = build_model(recipe.model, recipe.trainable, dtype=dtype)
     model.to(device)
     parts = trained_parts(model)
@@ -94,21 +104,25 @@ def train(
     llm_frozen = not any(p.requires_grad for p in model.llm.parameters())
     data: Any
     steps: Any
-    if recipe.data.stream:
-        data, steps = open_stream(recipe, files, processor, features, out_dir, main)
-    else:
-        data = build_training_set(
-            [row for path in files for row in read_examples(path, rejects)],
-            processor,
-            features,
-            settings.max_tokens,
-            llm_frozen,
-            show,
-            style=recipe.style,
-            needs_context=recipe.loss.asks_base,
-            text_tokens=min(TEXT_PACK_TOKENS, settings.batch_tokens),
-        )
-    student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
+    with processes.main_first():  # which fills the cache of features that all read
+        if recipe.data.stream:
+            data, steps = open_stream(recipe, files, processor, features, out_dir, main)
+        else:
+            data = build_training_set(
+                [row for path in files for row in read_examples(path, rejects)],
+                processor,
+                features,
+                settings.max_tokens,
+                # Layers whose activations are computed again cannot continue from a cache.
+                llm_frozen and not settings.gradient_checkpointing,
+                show,
+                style=recipe.style,
+                needs_context=recipe.loss.asks_base,
+                text_tokens=min(TEXT_PACK_TOKENS, settings.batch_tokens),
+            )
+    feed = Feed(features, 0 if isinstance(features, LiveFeatures) else settings.workers)
+    prefix = run_prefix(model.llm, data.prefix)
+    student = Student(model, processor, features, prefix, len(data.prefix), feed)
     judge = verify_answers(data) if recipe.style == "rollout" else None
     if main and not recipe.data.stream:
         write_jsonl(out_dir / "rejects.jsonl", [*rejects, *data.rejects])
@@ -125,141 +139,126 @@ def train(
         tqdm.write(
             f"{len(mute):,} rows have no sound: the LLM answers them as the base LLM does, so they teach nothing"
         )
+    processes.check(recipe, len(mute))
+    checkpoints = out_dir / "checkpoints"
+    found = latest_checkpoint(checkpoints)
+    processes.wait()  # all have looked before any writes
     # The base LLM is asked before anything that was trained is loaded.
-    objective = make_objective(recipe, student, data, origin, judge, out_dir, show)
-    if ask_base is not None and main and latest_checkpoint(out_dir / "checkpoints") is None:
+    with processes.main_first():
+        objective = make_objective(recipe, student, data, origin, judge, out_dir, show)
+    if ask_base is not None and main and found is None:
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
             ask_base(model, processor)
     if start_from is not None:
         _load_start(model, start_from)
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, names = make_optimizer(model, settings)
+    state: dict[str, Any] = {"seconds": 0.0, "align": None}
+    first = 0
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if found is not None:
+        weights, state = load_weights(found)
+        model.load_trained(weights)
+        # A checkpoint may also hold parts that are not trained now.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        first = state["step"]
+    elif main:
+        save_form(checkpoints, model, processor)
     if not recipe.data.stream:
-        steps = plan_steps(recipe, data, accelerator.num_processes)
+        steps = plan_steps(recipe, data, processes.count)
         batches = [batch for epoch, micro in steps for batch in micro if epoch == 0]
     if show:
         told = data.told() if recipe.data.stream else told_batches(data.packs, batches, len(data.prefix))
         tqdm.write(f"an epoch: {told}")
-    checkpoints = out_dir / "checkpoints"
-    state: dict[str, Any] = {"seconds": 0.0, "align": None}
-    found = latest_checkpoint(checkpoints)
-    first = 0
-    if found is not None:
-        weights, state = load_checkpoint(found, optimizer, names)
-        model.load_trained(weights)
-        # A checkpoint may also hold parts that are not trained now.
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in names)
-        first = state["step"]
-        if show:
+        if found is not None:
             tqdm.write(f"continuing from {found.name} of {len(steps)} steps")
     log = TrainingLog(out_dir / "log.jsonl" if main else None, kept=state.get("log_rows", 0))
+    best = Best(settings.best, state.get("best"))
 
-    def run_probe(epoch: float) -> None:
-        if probe is None or not main:
-            return
-        model.eval()
-        with torch.random.fork_rng(), torch.no_grad():
-            started = time.perf_counter()
-            result = probe(model, processor, epoch)
-        log.write({**result, "epoch": epoch, "seconds": round(time.perf_counter() - started, 1)})
-
-    def checkpoint(step: int) -> None:
-        if main:
-            saved = {**state, "log_rows": log.rows}
-            save_checkpoint(
-                checkpoints, step, model.trained_state_dict(), optimizer, names, saved, settings.keep
-            )
+    def run_probe(epoch: float, step: int) -> None:
+        if probe is not None and main:
+            model.eval()
+            with torch.random.fork_rng(), torch.no_grad():
+                started = time.perf_counter()
+                result = probe(model, processor, epoch)
+            spent = round(time.perf_counter() - started, 1)
+            log.write({**result, "step": step, "epoch": epoch, "seconds": spent})
+            best.see(result, step)
+        processes.wait()
 
     started = time.perf_counter()
     if found is None:
-        run_probe(0)
+        run_probe(0, 0)
         warmed = recipe.trainable.connector and settings.align_epochs and fixed_vectors(model)
         if described is not None and warmed and start_from is None:
             heard = [] if recipe.data.stream else [pack for pack in data.packs if pack.clips]
+            seed_chance(f"{recipe.seed}-align")
             state["align"] = warm_up(recipe, heard, student, described, out_dir, log.write, show)
             if state["align"]["epochs"]:
-                run_probe(WARMED_UP)
-    objective.begin(out_dir, resumed=found is not None)
-    if recipe.loss.l2_start and not origin.began:
-        origin.remember_start(out_dir / "start.safetensors", resumed=found is not None)
+                run_probe(WARMED_UP, 0)
+    with processes.main_first():
+        objective.begin(out_dir, resumed=found is not None)
+        if recipe.loss.l2_start and not origin.began:
+            origin.remember_start(out_dir / "start.safetensors", resumed=found is not None)
+    processes.same_start([p for p in model.parameters() if p.requires_grad])
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    processes.shard(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, names = make_optimizer(model, settings, one_by_one=processes.sharded)
+    if found is not None:
+        load_optimizer(found, optimizer, names)
+
+    def checkpoint(step: int) -> None:
+        state.update(log_rows=log.rows, best=best.state)
+        weights = processes.whole(model.trained_state_dict())
+        moments = processes.whole(optimizer_tensors(optimizer, names))
+        if main:
+            save_checkpoint(checkpoints, step, weights, moments, state, settings.keep, best.step)
+        processes.wait()
+
     if found is None:
         state["seconds"] = time.perf_counter() - started
         checkpoint(0)
     began, before = time.perf_counter(), state["seconds"]
+    make_step = Step(
+        recipe=recipe,
+        data=data,
+        student=student,
+        objective=objective,
+        optimizer=optimizer,
+        parameters=parameters,
+        processes=processes,
+        origin=origin,
+        divergence=BaseDivergence(student, data, origin, settings.kl_every if _base_is_kept(origin) else 0),
+        checkpoints=checkpoints,
+    )
     model.train()
     rows_seen = 0
-    with tqdm(total=len(steps), initial=first, desc="train", unit="step", disable=not show) as bar:
+    with (
+        contextlib.closing(feed),
+        tqdm(total=len(steps), initial=first, desc="train", unit="step", disable=not show) as bar,
+    ):
         for number in range(first, len(steps)):
             epoch, micro = steps[number]
-            tick = time.perf_counter()
-            weight = max(1e-9, sum(objective.weight(batch) for batch in micro))
-            optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros((), device=device)
-            mine = list(enumerate(micro))[accelerator.process_index :: accelerator.num_processes]
-            padding, answer_tokens = 0.0, 0
-            figures: dict[str, list[float]] = {}
-            for place, batch_indices in mine:
-                done = objective.loss(batch_indices, f"{recipe.seed}-{number}-{place}")
-                if not all_finite(done.loss):
-                    last = latest_checkpoint(checkpoints)
-                    raise UserError(
-                        f"step {number + 1}: the loss is not finite on the rows {', '.join(done.rows)}; "
-                        f"the last good checkpoint is {last}; try a lower optimizer.lr"
-                    )
-                if done.loss.requires_grad:  # rows that nothing trained takes part in teach nothing
-                    (done.loss / weight).backward()
-                total += done.loss.detach()
-                padding += done.padding_share / len(mine)
-                answer_tokens += done.answer_tokens
-                for name, (value, over) in done.figures.items():
-                    had = figures.setdefault(name, [0.0, 0.0])
-                    had[0], had[1] = had[0] + value, had[1] + over
-            if recipe.loss.l2_start and main:
-                moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
-                distance = l2_start(moved, origin.began)
-                (recipe.loss.l2_start * distance).backward()
-                figures["l2_start"] = [float(distance.detach()), 1.0]
-            if accelerator.num_processes > 1:
-                for parameter in parameters:
-                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    parameter.grad = accelerator.reduce(gradient, "sum")
-                total = accelerator.reduce(total, "sum")
-                counted = torch.tensor(answer_tokens, device=device)
-                answer_tokens = int(accelerator.reduce(counted, "sum"))
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            rates = set_learning_rates(optimizer, number, len(steps), settings.warmup_ratio)
-            optimizer.step()
-            seconds = time.perf_counter() - tick
-            rows_here = sum(len(data.packs[i].rows) for batch in micro for i in batch)
-            rows_seen += rows_here
-            mean = float(total) / weight
-            different = len(set(rates.values())) > 1
-            log.write(
-                {
-                    "step": number + 1,
-                    "epoch": epoch + 1,
-                    "loss": round(mean, 5),
-                    **{name: round(value / max(1e-9, over), 5) for name, (value, over) in figures.items()},
-                    "lr": rates if different else next(iter(rates.values())),
-                    "grad_norm": round(float(norm), 4),
-                    "rows": rows_here,
-                    "answer_tokens": answer_tokens,
-                    "answer_tokens_per_s": round(answer_tokens / seconds, 1),
-                    "padding_share": round(padding, 4),
-                    "seconds": round(seconds, 3),
-                }
-            )
+            # A streamed step is rendered when it comes, so only a planned one can be read ahead of.
+            coming = () if recipe.data.stream or number + 1 == len(steps) else steps[number + 1][1]
+            row = make_step(number, len(steps), micro, coming)
+            rows_seen += row["rows"]
+            log.write({"step": number + 1, "epoch": epoch + 1, **row})
+            processes.track(row, number + 1)
             bar.update()
-            bar.set_postfix(loss=f"{mean:.3f}", lr=f"{max(rates.values()):.1e}")
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
             state["seconds"] = before + time.perf_counter() - began
             last_of_epoch = number + 1 == len(steps) or steps[number + 1][0] != epoch
-            if last_of_epoch:
-                run_probe(epoch + 1)
+            due = recipe.eval.probe_every is not None and (number + 1) % recipe.eval.probe_every == 0
+            keep_now = last_of_epoch or (number + 1) % settings.checkpoint_every == 0
+            if last_of_epoch or due:
+                before_probe = best.step
+                run_probe(epoch + 1 if last_of_epoch else epoch_at(steps, number), number + 1)
                 model.train()
-            if last_of_epoch or (number + 1) % settings.checkpoint_every == 0:
+                keep_now = keep_now or processes.gathered(best.step != before_probe)[0]
+            if keep_now:
                 checkpoint(number + 1)
     log.close()
     counts = {
@@ -283,14 +282,19 @@ def train(
         "objective": {"style": recipe.style, "loss": recipe.loss.type, **objective.told},
         "prefix_tokens": len(data.prefix),
         "rows_per_s": round(rows_seen / max(1e-9, time.perf_counter() - began), 2),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mb": memory_mb(),
+        "processes": processes.count,
+        "best": best.state,
         "seconds_training": round(state["seconds"], 1),
     }
+    # Every run ends at a checkpoint; the model is what it holds.
+    last = latest_checkpoint(checkpoints)
+    assert last is not None
     if main:
-        save_model(
-            model, processor, model_dir, {"recipe": recipe.name, "cache": recipe.cache.model_dump(), **counts}
-        )
-    accelerator.wait_for_everyone()
+        told = {"recipe": recipe.name, "cache": recipe.cache.model_dump(), **counts}
+        export_checkpoint(last, model_dir, told)
+    processes.wait()
+    processes.close()
     return counts
 
 
@@ -320,6 +324,20 @@ def plan_steps(recipe: Recipe, data: TrainingSet, processes: int) -> list[tuple[
         batches = plan_epoch(data.packs, settings.batch_tokens, recipe.seed, epoch)
         steps += [(epoch, batches[start : start + per_step]) for start in range(0, len(batches), per_step)]
     return steps if settings.max_steps is None else steps[: settings.max_steps]
+
+
+def epoch_at(steps: Any, number: int) -> float:
+    """How many epochs have passed after step `number` (from 0)."""
+    epoch = int(steps[number][0])
+    first = next((n for n in range(number, 0, -1) if steps[n - 1][0] != epoch), 0)
+    last = next((n for n in range(number, len(steps) - 1) if steps[n + 1][0] != epoch), len(steps) - 1)
+    return round(epoch + (number + 1 - first) / (last + 1 - first), 4)
+
+
+def _base_is_kept(origin: Origin) -> bool:
+    """Whether the base LLM can still be asked: it is frozen, or a copy of what moves was kept."""
+    own = {n for n, p in origin.model.named_parameters() if p.requires_grad and part_of(n) == "llm"}
+    return own <= origin.base_llm.keys()
 
 
 def _nothing_to_train(recipe: Recipe, examples: Path, data: TrainingSet, rejects: Path) -> str:
@@ -369,14 +387,3 @@ def feature_root() -> Path:
     from speech_llm.assets import cache_dir
 
     return cache_dir() / "features"
-
-
-def save_model(model: Any, processor: Any, model_dir: Path, training: dict[str, Any]) -> None:
-    """Write the model's folder aside and rename it."""
-    aside = model_dir.with_name(f".{model_dir.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    write_json(aside / "training.json", training)
-    shutil.rmtree(model_dir, ignore_errors=True)
-    os.replace(aside, model_dir)

@@ -154,36 +154,58 @@ class TokenLoss:
         if self.weights:
             weights = torch.tensor([w for row in batch.rows for w in self.weights[row]], device=device)
         teacher = self._teacher_logits(batch) if self.kl and not self.settings.top_k else None
-        logits, targets = self.student.answer_logits(batch)
-        loss = logits.new_zeros((), dtype=torch.float32)
-        figures: dict[str, tuple[float, float]] = {}
-        weight = self.weight(packs)
-        if self.ce:
-            cross_entropy = cross_entropy_sum(logits, targets, weights)
-            loss = loss + self.ce * cross_entropy
+        answers = self.student.answers(batch)
+        parts = {"ce": torch.zeros((), device=device), "kl": torch.zeros((), device=device)}
+
+        def of_logits(logits: Tensor, at: slice) -> Tensor:
+            own = None if weights is None else weights[at]
+            loss = logits.new_zeros((), dtype=torch.float32)
+            # Whatever makes a chunk's logits again for its gradient also counts again, so parts are told of the first time only.
+            first = at.start not in told
+            told.add(at.start)
+            if self.ce:
+                cross_entropy = cross_entropy_sum(logits, answers.targets[at], own)
+                loss = loss + self.ce * cross_entropy
+                parts["ce"] += cross_entropy.detach() * first
             if self.kl:
-                figures["ce"] = (float(cross_entropy.detach()), weight)
+                divergence = self._divergence(logits, teacher, known, at, own)
+                loss = loss + self.kl * divergence
+                parts["kl"] += divergence.detach() * first
+            return loss
+
+        told: set[int] = set()
+        known = self._teacher_top(batch) if self.kl and teacher is None else None
+        loss = answers.sum(of_logits)
+        figures: dict[str, tuple[float, float]] = {}
         if self.kl:
-            divergence = self._divergence(logits, teacher, batch, weights)
-            loss = loss + self.kl * divergence
-            figures["kl"] = (float(divergence.detach()), weight)
+            weight = self.weight(packs)
+            figures = {name: (float(parts[name]), weight) for name in (["ce"] if self.ce else []) + ["kl"]}
         return BatchLoss(loss, batch.rows, batch.answer_tokens, batch.padding_share, figures)
 
     def _teacher_logits(self, batch: PackBatch) -> Tensor:
         with self.origin.base():
             return row_logits(self.student.model.llm, [self.data.teacher[row] for row in batch.rows])
 
-    def _divergence(
-        self, logits: Tensor, teacher: Tensor | None, batch: PackBatch, weights: Tensor | None
-    ) -> Tensor:
-        if teacher is not None:
-            return kl_sum(logits, teacher, self.settings.temperature, weights)
+    def _teacher_top(self, batch: PackBatch) -> tuple[Tensor, Tensor]:
+        """(n, k) ids and log-probabilities that were stored of the batch's answer tokens."""
         scores = [self.scores[row] for row in batch.rows]
         ids = torch.cat([score.top_ids for score in scores if score.top_ids is not None])
         values = torch.cat([score.top_log_probs for score in scores if score.top_log_probs is not None])
-        return kl_top_k_sum(
-            logits, ids.to(logits.device), values.to(logits.device), self.settings.temperature, weights
-        )
+        return ids.to(self.student.device), values.to(self.student.device)
+
+    def _divergence(
+        self,
+        logits: Tensor,
+        teacher: Tensor | None,
+        known: tuple[Tensor, Tensor] | None,
+        at: slice,
+        weights: Tensor | None,
+    ) -> Tensor:
+        temperature = self.settings.temperature
+        if teacher is not None:
+            return kl_sum(logits, teacher[at], temperature, weights)
+        assert known is not None
+        return kl_top_k_sum(logits, known[0][at], known[1][at], temperature, weights)
 
 
 class PairLoss:

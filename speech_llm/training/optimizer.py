@@ -13,11 +13,13 @@ from speech_llm.training.schedule import learning_rate_at
 _RATE_OF = {"connector": "connector", "adapters": "lora", "encoder_adapters": "encoder", "llm": "llm"}
 
 
-def make_optimizer(model: Any, settings: Any) -> tuple[torch.optim.AdamW, list[str]]:
+def make_optimizer(
+    model: Any, settings: Any, one_by_one: bool = False
+) -> tuple[torch.optim.AdamW, list[str]]:
     """AdamW (1711.05101) and the names of its parameters in its order.
 
     Matrices decay by `settings.weight_decay`, vectors (biases, norms) do not. A group's `peak_lr` is its part's rate in
-    `settings.part_lr`, else `settings.lr`.
+    `settings.part_lr`, else `settings.lr`. `one_by_one`: no fused update over many parameters, which shards beside whole ones cannot have.
     """
     groups: list[dict[str, Any]] = []
     names: list[str] = []
@@ -32,7 +34,8 @@ def make_optimizer(model: Any, settings: Any) -> tuple[torch.optim.AdamW, list[s
                     {"params": [p for _, p in chosen], "weight_decay": decay, "peak_lr": peak, "part": part}
                 )
                 names += [name for name, _ in chosen]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98)), names
+    foreach = False if one_by_one else None
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), foreach=foreach), names
 
 
 def set_learning_rates(

@@ -113,7 +113,7 @@ def build_training_set(
                 variants.append(_rejected(example, options))
             rows = [render_row(variant, processor, features, style) for variant in variants]
             told = (
-                [_teacher_row(*pair, processor) for pair in zip(variants, rows, strict=True)]
+                [teacher_row(*pair, processor) for pair in zip(variants, rows, strict=True)]
                 if needs_context
                 else []
             )
@@ -223,7 +223,7 @@ def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _teacher_row(example: Example, row: Row, processor: Any) -> Row:
+def teacher_row(example: Example, row: Row, processor: Any) -> Row:
     """What the base LLM reads in place of a row: the same answer after a text instead of the sound."""
     if example.text is not None:
         return row

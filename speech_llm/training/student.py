@@ -21,18 +21,26 @@ from speech_llm.data.packing import IGNORE, Pack, PackBatch, collate
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write
 from speech_llm.kv_cache import Prefix, expanded
+from speech_llm.model.masks import states_at
 from speech_llm.model.trainable import part_of
+from speech_llm.training.answers import MOST_LOGITS, Answers, projection
+from speech_llm.training.feed import Feed
 
 
 @dataclass
 class Student:
-    """Model, processor, features of the clips, and the prefix that all packs leave out, run already."""
+    """Model, processor, features of the clips, and the prefix that all packs leave out, run already.
+
+    `feed`: reads features ahead (default: when they are used). `most_logits`: over so many, logits are made chunk by chunk.
+    """
 
     model: Any
     processor: Any
     features: FeatureStore
     prefix: Prefix
     prefix_length: int
+    feed: Feed | None = None
+    most_logits: int = MOST_LOGITS
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +53,7 @@ class Student:
         """The connector's vectors (total, llm_width) of clips one after the other; None without clips."""
         if not clips:
             return None
-        stacked, counts = self.features.stacked(clips, self.device)
+        stacked, counts = (self.feed or self.features).stacked(clips, self.device)
         return self.model.audio_vectors(stacked, counts)[0]
 
     def answer_logits(self, batch: PackBatch, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,27 +61,46 @@ class Student:
 
         `vectors` stand for the batch's sounds instead of the connector's.
         """
+        targets = batch.targets.to(self.device)
+        wanted = targets != IGNORE
+        return self._run(batch, vectors, answer_mask=wanted), targets[wanted]
+
+    def answers(self, batch: PackBatch) -> Answers:
+        """What predicts the answer tokens of a batch; where their logits would be many, they are made chunk by chunk."""
+        vocabulary = int(self.model.llm.get_output_embeddings().weight.shape[0])
+        if batch.answer_tokens * vocabulary <= self.most_logits:
+            return Answers(*self.answer_logits(batch))
+        targets = batch.targets.to(self.device)
+        wanted = targets != IGNORE
+        with states_at(self.model.llm, wanted) as found:
+            logits = self._run(batch, None)[0, 0].detach()
+        project = projection(self.model.llm)
+        with torch.no_grad():  # an LLM may do to its logits what is not known here
+            same = torch.allclose(project(found[0][:1])[0], logits, rtol=1e-3, atol=1e-4)
+        if not same:
+            return Answers(*self.answer_logits(batch))
+        return Answers(found[0], targets[wanted], project, max(16, self.most_logits // vocabulary))
+
+    def _run(self, batch: PackBatch, vectors: Tensor | None, **settings: Any) -> Tensor:
         ids = batch.ids.to(self.device)
         if vectors is None:
             vectors = self.vectors(batch.clips)
-        embeds = self.model.embed(ids, vectors)
-        targets = batch.targets.to(self.device)
         cache = expanded(self.prefix, len(ids)) if self.prefix else None
-        answer_mask = targets != IGNORE
-        logits = self.model(
-            inputs_embeds=embeds,
+        logits: Tensor = self.model(
+            inputs_embeds=self.model.embed(ids, vectors),
             attention_mask=batch.mask.to(self.device),
             position_ids=batch.positions.to(self.device),
             past_key_values=cache,
             use_cache=cache is not None,
-            answer_mask=answer_mask,
             has_audio=(ids == self.model.config.audio_token_id).any(dim=1),
+            **settings,
         ).logits
-        return logits, targets[answer_mask]
+        return logits
 
     def token_log_probs(self, batch: PackBatch, temperature: float = 1.0) -> Tensor:
         """(n,) log-probability of each answer token of a batch, at a temperature."""
-        return log_probs_of(*self.answer_logits(batch), temperature)
+        answers = self.answers(batch)
+        return answers.values(lambda logits, at: log_probs_of(logits, answers.targets[at], temperature))
 
 
 def log_probs_of(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,219 @@
+"""One process or many: what they share in a training step, and what each of them holds.
+
+Started plainly there is one process. `accelerate launch --multi_gpu` starts several with whole copies of the model (data parallel: the gradients
+of a step are summed once, at its end, after all its batches), `--use_fsdp --fsdp_version 2` several that each hold a part of every
+layer of the LLM (FSDP2, `torch.distributed.fsdp.fully_shard`; what lies outside the layers stays whole). A step's batches are dealt out among
+the processes and weighted by what the whole step weighs, so the number of processes changes no token's weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from speech_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from speech_llm.recipe import Recipe
+
+
+class Processes:
+    """The processes of a run, as accelerate started them."""
+
+    def __init__(self, trackers: Sequence[str] = (), folder: str | os.PathLike[str] = ".") -> None:
+        """`trackers`: names that accelerate knows; they write under `folder`. `UserError` where a way to launch is not supported."""
+        from accelerate import Accelerator
+
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise UserError(
+                "training does not run under DeepSpeed, which wants to own the optimiser and the backward pass; for models larger than "
+                "a device launch with FSDP2: accelerate launch --use_fsdp --fsdp_version 2"
+            )
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("training runs under FSDP2 only: accelerate launch --use_fsdp --fsdp_version 2")
+        # The model is sharded here, layer by layer, and not by accelerate as a whole: parts of it are called on their own.
+        with _without("ACCELERATE_USE_FSDP"):
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(), log_with=_known(trackers), project_dir=str(folder)
+            )
+        self.device: torch.device = self.accelerator.device
+        self.main = bool(self.accelerator.is_main_process)
+        self.count, self.index = int(self.accelerator.num_processes), int(self.accelerator.process_index)
+        self.sharded = self.sharded and self.count > 1
+        if trackers:
+            self.accelerator.init_trackers("tracked")
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process does a block before the others, which then find what it made."""
+        with self.accelerator.main_process_first():
+            yield
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def track(self, values: dict[str, Any], step: int) -> None:
+        """Give the numbers among `values` to the trackers."""
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+        self.accelerator.log(numbers, step=step)
+
+    def close(self) -> None:
+        """End the trackers; the processes stay connected, as another phase may follow."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def mine(self, batches: Sequence[list[int]]) -> list[tuple[int, list[int], float]]:
+        """(place in the step, batch, factor) of this process. Shards need the same number of batches everywhere: factor 0 fills up."""
+        own = [(place, batches[place], 1.0) for place in range(self.index, len(batches), self.count)]
+        if self.sharded and len(own) < -(-len(batches) // self.count):
+            own.append((len(batches) - 1, batches[-1], 0.0))
+        return own
+
+    # ---------------------------------------------------------------- shards
+
+    def check(self, recipe: Recipe, mute: int) -> None:
+        """Raise `UserError` for what needs the whole model in one process while it is sharded."""
+        if not self.sharded:
+            return
+        loss = recipe.loss
+        exchanged = loss.l2_start or getattr(loss, "reference", "") == "start"
+        reasons = {
+            "style": recipe.style == "rollout" and "answers of different lengths are sampled at each process",
+            "loss": bool(exchanged or (recipe.trainable.llm and loss.asks_base))
+            and "it compares with other weights",
+            "eval.probes": bool(recipe.eval.probes)
+            and "probes ask the whole model in one process; set eval.probes to []",
+            "model.gate_adapters": bool(mute)
+            and f"{mute:,} rows have no sound, so nothing is learned from them at one process only",
+        }
+        for key, why in reasons.items():
+            if why:
+                raise UserError(
+                    f"{key}: this recipe cannot be trained in shards ({why}); launch without --use_fsdp"
+                )
+
+    def shard(self, model: Any) -> None:
+        """Split the LLM's layers among the processes, in place. Must come before the optimiser is made."""
+        if not self.sharded:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        layers = decoder_layers(model)
+        if not layers:
+            raise UserError(
+                f"{model.config.llm}: its layers are not known, so it cannot be sharded; launch without --use_fsdp"
+            )
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+
+    def same_start(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every process the main one's values."""
+        if self.count > 1:
+            for parameter in parameters:
+                torch.distributed.broadcast(parameter.data, 0)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, shards gathered. Every process must call it."""
+        return {name: _full(value) for name, value in tensors.items()}
+
+    # ---------------------------------------------------------------- sums over processes
+
+    @property
+    def loss_factor(self) -> float:
+        """What a loss must be multiplied by before its gradient: FSDP means shards' gradients over the processes, and sums are wanted."""
+        return float(self.count) if self.sharded else 1.0
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients of what every process holds whole; those of shards are summed already."""
+        if self.count == 1:
+            return
+        groups: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if not _is_shard(parameter):
+                groups.setdefault(parameter.dtype, []).append(parameter)
+        for group in groups.values():
+            flat = torch.cat(
+                [
+                    (torch.zeros_like(p) if p.grad is None else p.grad).flatten() / self.loss_factor
+                    for p in group
+                ]
+            )
+            torch.distributed.all_reduce(flat)
+            for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the processes."""
+        if self.count == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        tensor = tensor.to(self.device)
+        torch.distributed.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """A small object of every process, in their order."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> float:
+        """Scale gradients down to a norm of `largest` at most; returns the norm before, over all shards."""
+        if not self.sharded:
+            return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norms = [_full(gradient.norm()).float() for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        factor = min(1.0, largest / (float(norm) + 1e-6))
+        for gradient in gradients:
+            gradient.mul_(factor)
+        return float(norm)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a speech LLM's LLM, as transformers names what must not be split."""
+    names = set(model._no_split_modules)
+    return [module for module in model.llm.modules() if type(module).__name__ in names]
+
+
+def _known(trackers: Sequence[str]) -> list[str] | None:
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    for name in trackers:
+        if name not in installed:
+            known = [str(kind) for kind in LoggerType.list()]
+            why = "is not installed" if name in known else f"is not known; known are {', '.join(known)}"
+            raise UserError(f"optimizer.trackers: {name} {why} (installed: {', '.join(installed) or 'none'})")
+    return list(trackers) or None
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _full(tensor: Any) -> Tensor:
+    full: Tensor = tensor.full_tensor() if _is_shard(tensor) else tensor
+    return full

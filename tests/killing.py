@@ -1,0 +1,206 @@
+"""A training that is killed: run as a script, it trains tiny models in children that it forks and kills.
+
+    python killing.py FOLDER NUMBER SEED
+
+    random    NUMBER children killed at random instants, each going on from where the last died
+    writing   children that die while a checkpoint is written, in the middle of a file or before the folder has its name
+    workers   killed children that read with different numbers of workers
+
+Prints one JSON line: `{"steps", "runs", "random": [...], "writing": [...], "workers": [...]}`, the newest checkpoint at each death. Every run
+that ends is compared with the one that nobody disturbed, bit for bit.
+Forks, as loading the libraries takes longer than the training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from learning import tiny_examples, tiny_recipe
+
+import speech_llm.files
+from speech_llm.examples import write_examples
+from speech_llm.files import read_jsonl
+from speech_llm.recipe import Recipe
+from speech_llm.training.checkpoint import latest_checkpoint
+from speech_llm.training.log import MEASURED
+from speech_llm.training.loop import train
+
+STEPS = 24
+
+
+def recipe_of(folder: Path, workers: int = 1) -> Recipe:
+    """Connector and adapters with dropout, so that chance has a part in it; a checkpoint every third step."""
+    patch = pytest.MonkeyPatch()
+    return tiny_recipe(
+        patch,
+        folder,
+        "trainable.lora.rank=2",
+        "trainable.lora.dropout=0.3",
+        "optimizer.epochs=20",
+        f"optimizer.max_steps={STEPS}",
+        "optimizer.batch_tokens=128",
+        "optimizer.checkpoint_every=3",
+        "optimizer.kl_every=7",
+        f"optimizer.workers={workers}",
+        "eval.probe_every=10",
+    )
+
+
+def life(folder: Path, name: str, workers: int = 1) -> None:
+    """One whole training, or what is left of it."""
+
+    def probe(model: torch.nn.Module, _processor: object, _epoch: float) -> dict[str, object]:
+        torch.randn(3)  # a probe that draws from chance must not disturb
+        size = float(sum(p.detach().abs().sum() for p in model.parameters() if p.requires_grad))
+        return {"probe": {"size": {"of weights": {"value": size}}}}
+
+    train(
+        recipe_of(folder, workers),
+        folder / "examples.jsonl",
+        folder / name / "train",
+        folder / name / "model",
+        probe=probe,
+        progress=False,
+    )
+
+
+def child(work: Callable[[], None]) -> int:
+    """Fork, do `work` there; returns the child's process id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def wait(pid: int, most_s: float | None = None) -> int | None:
+    """The child's exit code, negative where a signal ended it; after `most_s` it is killed."""
+    ends = None if most_s is None else time.perf_counter() + most_s
+    while True:
+        done, status = os.waitpid(pid, 0 if ends is None else os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if ends is not None and time.perf_counter() >= ends:
+            os.kill(pid, signal.SIGKILL)
+            ends = None
+        time.sleep(0.0005)
+
+
+def log_of(folder: Path, name: str) -> list[dict[str, object]]:
+    rows = [row for _, row in read_jsonl(folder / name / "train" / "log.jsonl")]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+
+
+def check_same(folder: Path, name: str) -> None:
+    """Log and weights of a run are those of the undisturbed one, bit for bit."""
+    assert log_of(folder, name) == log_of(folder, "whole")
+    for file in ("model/model.safetensors", f"train/checkpoints/step-{STEPS:06d}/optimizer.safetensors"):
+        expected, found = (safetensors.torch.load_file(folder / run / file) for run in ("whole", name))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    assert not list((folder / name).rglob("*.part"))
+
+
+def killed_at_random(folder: Path, number: int, seed: int) -> tuple[int, float, list[str]]:
+    """Runs until `number` children were killed; how many runs were finished, how long one takes, and where each kill found its run."""
+    rng = random.Random(seed)
+    started = time.perf_counter()
+    assert wait(child(lambda: life(folder, "again"))) == 0
+    length_s = time.perf_counter() - started
+    check_same(folder, "again")
+    runs, at = 0, []
+    while len(at) < number:
+        name = f"run{runs}"
+        code = wait(child(lambda name=name: life(folder, name)), rng.uniform(0.05, 0.6) * length_s)
+        if code == -signal.SIGKILL:
+            found = latest_checkpoint(folder / name / "train" / "checkpoints")
+            at.append("none" if found is None else found.name)
+            continue
+        assert code == 0
+        check_same(folder, name)
+        runs += 1
+    assert wait(child(lambda: life(folder, f"run{runs}"))) == 0
+    check_same(folder, f"run{runs}")
+    return runs + 1, length_s, at
+
+
+def killed_while_writing(folder: Path) -> list[str]:
+    """Children that kill themselves when a checkpoint's file is half written, or whole and not yet renamed; where each died."""
+    at = []
+    write, replace = speech_llm.files.os.fsync, os.replace
+
+    def dies_at(place: int, half: bool) -> Callable[[], None]:
+        def work() -> None:
+            seen = 0
+
+            def sync(descriptor: int) -> None:
+                nonlocal seen
+                path = os.readlink(f"/proc/self/fd/{descriptor}")
+                if "checkpoints" in path:
+                    seen += 1
+                    if seen == place and half:
+                        os.truncate(path, os.path.getsize(path) // 2)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                write(descriptor)
+
+            def rename(source: str | Path, target: str | Path) -> None:
+                if seen >= place and not half and "step-" in Path(target).name:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(source, target)
+
+            os.fsync, os.replace = sync, rename  # type: ignore[assignment]
+            life(folder, "written")
+
+        return work
+
+    # The three files of a checkpoint, torn; a checkpoint whole but without its name; an old one losing its name.
+    for place, half in ((1, True), (2, True), (3, True), (3, False), (4, True), (9, True), (9, False)):
+        assert wait(child(dies_at(place, half))) == -signal.SIGKILL
+        found = latest_checkpoint(folder / "written" / "train" / "checkpoints")
+        at.append("none" if found is None else found.name)
+    assert wait(child(lambda: life(folder, "written"))) == 0
+    check_same(folder, "written")
+    return at
+
+
+def other_workers(folder: Path, length_s: float) -> list[str]:
+    """Children with 0, 3, 1 and 2 workers, each killed but the last."""
+    at = []
+    for workers, seconds in ((0, 0.4 * length_s), (3, 0.3 * length_s), (1, 0.25 * length_s)):
+        assert wait(child(lambda workers=workers: life(folder, "read", workers)), seconds) == -signal.SIGKILL
+        found = latest_checkpoint(folder / "read" / "train" / "checkpoints")
+        at.append("none" if found is None else found.name)
+    assert wait(child(lambda: life(folder, "read", 2))) == 0
+    check_same(folder, "read")
+    return at
+
+
+def main(folder: Path, number: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    write_examples(folder / "examples.jsonl", tiny_examples(folder / "clips", 8))
+    life(folder, "whole")  # here, so that children find every library loaded
+    runs, length_s, at = killed_at_random(folder, number, seed)
+    found = {
+        "random": at,
+        "writing": killed_while_writing(folder),
+        "workers": other_workers(folder, length_s),
+    }
+    print(json.dumps({"steps": STEPS, "runs": runs, **found}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,137 @@
+"""Several processes do what one does with the same global batch: whole copies (data parallel) and shards (FSDP2), on CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import parallel
+import pytest
+import safetensors.torch
+import torch
+from learning import tiny_examples, tiny_recipe
+
+from speech_llm.errors import UserError
+from speech_llm.examples import write_examples
+from speech_llm.files import read_jsonl
+from speech_llm.training.log import MEASURED
+from speech_llm.training.processes import Processes
+
+HERE = Path(__file__).parent
+LAUNCHED = {"copies": ["--multi_gpu"], "shards": ["--use_fsdp", "--fsdp_version", "2"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with answers of very different lengths, and what one process makes of them in accumulated batches."""
+    path: Path = tmp_path_factory.mktemp("processes")
+    examples = tiny_examples(path / "clips", 8)
+    for example in examples[::3]:
+        example.messages[-1]["content"] = "A much longer answer, so that batches weigh differently."
+    write_examples(path / "examples.jsonl", examples)
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:  # what it sets is unset
+        patch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        import speech_llm.model
+
+        patch.setattr(speech_llm.model, "build_model", speech_llm.model.build_model)
+        patch.setenv("SPEECH_LLM_CACHE", "")
+        parallel.main(path, "one", "optimizer.accumulate=2")
+    torch.set_num_threads(before)
+    return path
+
+
+def launch(folder: Path, name: str, options: list[str]) -> None:
+    """`accelerate launch` with two processes."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    plain = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *options,
+            *plain,
+            "--main_process_port",
+            "0",
+            str(HERE / "parallel.py"),
+            str(folder),
+            name,
+        ],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    rows = [row for _, row in read_jsonl(folder / name / "train" / "log.jsonl")]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+
+
+def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / name / "model" / "model.safetensors")
+
+
+def test_two_copies_do_what_one_process_does_bit_for_bit(folder: Path) -> None:
+    launch(folder, "copies", LAUNCHED["copies"])
+    assert len({row["answer_tokens"] for row in rows_of(folder, "one")}) > 1  # answers are uneven
+    # The divergence is measured at each process's first batch, so of more batches than in one process.
+    divergence = "kl_base"
+    expected, found = ([{k: v for k, v in row.items() if k != divergence} for row in rows_of(folder, name)] for name in ("one", "copies"))  # fmt: skip
+    assert found == expected
+    one, two = weights_of(folder, "one"), weights_of(folder, "copies")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_shards_do_what_one_process_does(folder: Path) -> None:
+    launch(folder, "shards", LAUNCHED["shards"])
+    expected, found = rows_of(folder, "one"), rows_of(folder, "shards")
+    assert len(found) == len(expected) == 6
+    for one, two in zip(expected, found, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert (two["rows"], two["answer_tokens"]) == (one["rows"], one["answer_tokens"])
+    one, two = weights_of(folder, "one"), weights_of(folder, "shards")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+def test_ways_to_launch_that_are_not_supported_are_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(UserError, match=r"does not run under DeepSpeed.*--fsdp_version 2"):
+            Processes()
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(UserError, match="FSDP2 only"):
+            Processes()
+    with pytest.raises(UserError, match="nosuch is not known; known are"):
+        Processes(["nosuch"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mute", "said"),
+    [
+        (["loss.l2_start=0.1", "eval.probes=[]"], 0, "loss: .*other weights"),
+        (["eval.probes=[json]"], 0, r"eval\.probes: .*set eval\.probes to \[\]"),
+        (["eval.probes=[]"], 3, "3 rows have no sound"),
+    ],
+)
+def test_what_shards_cannot_do_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], mute: int, said: str
+) -> None:
+    recipe = tiny_recipe(monkeypatch, tmp_path, *overrides)
+    processes = Processes()
+    processes.check(recipe, mute)  # one process does it all
+    processes.sharded = True
+    with pytest.raises(UserError, match=said):
+        processes.check(recipe, mute)
