@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
+from speech_llm.chat_server import NoAnswer
 from speech_llm.errors import UserError
 from speech_llm.files import read_jsonl, write_jsonl
 from speech_llm.recipe import load_recipe
 from speech_llm.targets.questions import Question
 from speech_llm.targets.run import write_targets
-from speech_llm.targets.teacher import NoAnswer, Sampling, TransformersTeacher, open_teacher
+from speech_llm.targets.teacher import Sampling, TransformersTeacher, open_teacher
 from speech_llm.targets.teacher_server import ServerTeacher
 from speech_llm.targets.teacher_vllm import VllmTeacher
 
@@ -268,7 +269,7 @@ def test_the_base_llm_answers_through_any_backend(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, url="http://127.0.0.1:1/v1", concurrency=2)
     teacher = open_teacher(recipe.targets, "hub/model", 0, lambda _: pytest.fail("nothing is loaded"))
     assert isinstance(teacher, ServerTeacher)
-    assert (teacher.name, teacher.concurrency) == ("hub/model", 2)
+    assert (teacher.name, teacher.server.concurrency) == ("hub/model", 2)
     recipe.targets.teacher = None
     teacher = open_teacher(recipe.targets, "hub/model", 0, lambda reference: (reference, None))
     assert isinstance(teacher, TransformersTeacher)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from speech_llm.chat_server import NoAnswer
 from speech_llm.errors import UserError
 from speech_llm.files import read_jsonl, write_jsonl
 from speech_llm.recipe import Recipe, load_recipe
@@ -27,7 +28,7 @@ from speech_llm.targets.rewrite import banned, rewrite
 from speech_llm.targets.rows import Desk, Row, Writing
 from speech_llm.targets.run import choose_rows, summary, write_rows, write_targets
 from speech_llm.targets.self_output import self_output
-from speech_llm.targets.teacher import NoAnswer, OnAnswer
+from speech_llm.targets.teacher import OnAnswer
 from speech_llm.targets.verify import closed_options
 
 GENDER = PoolPrompt("gender", "Man or woman?", ("gender",), "The speaker is {gender}.")

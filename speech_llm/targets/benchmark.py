@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from speech_llm.chat_server import NoAnswer
 from speech_llm.errors import UserError
 from speech_llm.targets.questions import Question
-from speech_llm.targets.teacher import NoAnswer, Sampling, TransformersTeacher
+from speech_llm.targets.teacher import Sampling, TransformersTeacher
 
 _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo")
 _DID = ("bought", "lost", "found", "painted", "sold", "cleaned", "carried", "dropped")

@@ -15,9 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from speech_llm.chat_server import NoAnswer
 from speech_llm.files import JsonlAppender
 from speech_llm.targets.questions import Question
-from speech_llm.targets.teacher import NoAnswer, Teacher
+from speech_llm.targets.teacher import Teacher
 
 
 class Journal:

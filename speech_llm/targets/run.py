@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from speech_llm.chat_server import NoAnswer
 from speech_llm.errors import UserError
 from speech_llm.examples import Example, user_turn, write_examples
 from speech_llm.files import read_jsonl, write_jsonl
@@ -40,7 +41,7 @@ from speech_llm.targets.questions import (
 from speech_llm.targets.rewrite import rewrite
 from speech_llm.targets.rows import Desk, Reject, Row, Target, Writing
 from speech_llm.targets.self_output import self_output
-from speech_llm.targets.teacher import NoAnswer, Teacher, TransformersTeacher, open_teacher
+from speech_llm.targets.teacher import Teacher, TransformersTeacher, open_teacher
 from speech_llm.targets.verify import closed_options
 
 if TYPE_CHECKING:

@@ -17,18 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from speech_llm.chat_server import NoAnswer
 from speech_llm.errors import UserError
 from speech_llm.targets.questions import Question
 
 if TYPE_CHECKING:
     from speech_llm.recipe_targets import TargetsSection
-
-
-@dataclass(frozen=True)
-class NoAnswer:
-    """A question that got no answer, and why: it costs its own rows and no others."""
-
-    why: str
 
 
 # (question, answer, tokens of the answer)
