@@ -19,7 +19,7 @@ from eval.tasks import Instance, Task, load_tasks, write_task
 from speech_llm.errors import UserError
 from speech_llm.examples import user_turn
 from speech_llm.files import read_json, read_jsonl, write_json
-from speech_llm.probes import read_probes
+from speech_llm.probes import make_probes, read_probes
 from speech_llm.targets.prompts import PoolPrompt, load_pool
 from speech_llm.targets.questions import Questioner, needs, read_described
 from speech_llm.targets.verify import closed_options, options_synonyms
@@ -150,6 +150,26 @@ def _instance(
     )
 
 
+def _at_strengths(
+    recipe: Recipe, run_dir: Path, tasks: list[Task], results: dict[str, Any], progress: bool
+) -> list[dict[str, Any]]:
+    """The trained model with its adapters at each of `eval.lora_scales`: tasks into `results`, and what the probes find."""
+    from speech_llm.responders import load_speech_model
+
+    settings = recipe.eval
+    responder = load_speech_model(run_dir / "model", settings.max_new_tokens, settings.batch_tokens)
+    found = []
+    for scale in settings.lora_scales:
+        responder.model.set_lora_scale(scale)
+        name = f"speech_llm@{scale:g}"
+        limit = settings.limits.get("speech_llm", settings.limit)
+        results[name] = evaluate(responder, tasks, run_dir / "eval" / name, limit=limit, progress=progress)
+        probes = make_probes(recipe, run_dir, progress)
+        told = {} if probes is None else probes.at_strength(responder, scale)
+        found.append({"scale": scale, **told})
+    return found
+
+
 def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[str, Any]:
     """Evaluate the run's model and its peers on all tasks; writes `results.json`; resumable per answer."""
     from speech_llm.assets import load_answering_llm
@@ -169,7 +189,6 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
                 run_dir / "model",
                 settings.max_new_tokens,
                 settings.batch_tokens,
-                lora_scale=settings.lora_scale,
             )
         else:
             base = base or load_answering_llm(recipe.model.llm, recipe.optimizer.precision)
@@ -185,8 +204,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
         )
     probes, base_probe = read_probes(run_dir)
     summary: dict[str, Any] = {"models": results, "probes": probes, "base_probe": base_probe}
-    if settings.lora_scale is not None:
-        summary["lora_scale"] = settings.lora_scale
+    if settings.lora_scales:
+        summary["lora_scales"] = _at_strengths(recipe, run_dir, tasks, results, progress)
     training = run_dir / "model" / "training.json"
     if training.exists():
         summary["training"] = read_json(training)

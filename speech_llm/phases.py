@@ -99,9 +99,7 @@ def evaluate_phases(phases: Sequence[Recipe], folders: Sequence[Path], progress:
     results: list[list[dict[str, Any]]] = []
     for phase, folder in zip(phases, folders, strict=True):
         settings = phase.eval
-        responder = load_speech_model(
-            folder / "model", settings.max_new_tokens, settings.batch_tokens, lora_scale=settings.lora_scale
-        )
+        responder = load_speech_model(folder / "model", settings.max_new_tokens, settings.batch_tokens)
         row = []
         for asked, own in zip(phases, tasks, strict=True):
             limit = asked.eval.limits.get("speech_llm", asked.eval.limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -77,10 +77,10 @@ class EvalSection(Section):
         default_factory=SafetyProbeSection,
         description="probe safety: harmful requests refused, harmless ones not, who it says it is",
     )
-    lora_scale: float | None = Field(
-        default=None,
-        ge=0,
-        description="factor on what the LLM's adapters add (1 = as trained, 0 = the base LLM); null = 1",
+    lora_scales: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=list,
+        description="strengths at which the LLM's adapters are tried as well (1 = as trained, 0 = the base LLM): all tasks and probes "
+        "for each",
     )
     models: list[ModelName] = Field(
         default=["speech_llm", "ceiling", "teacher", "cascade"], description="who answers the tasks"

@@ -276,10 +276,10 @@ def check_learning(recipe: Any) -> None:
                 (f"optimizer.part_lr.{part}", key),
                 f"optimizer.part_lr.{part} is a learning rate for what {key} does not train; give one of them up",
             )
-    if recipe.eval.lora_scale is not None and trainable.lora is None:
+    if recipe.eval.lora_scales and trainable.lora is None:
         raise contradiction(
-            ("eval.lora_scale", "trainable.lora"),
-            "eval.lora_scale scales the LLM's adapters, and trainable.lora is null, so there are none",
+            ("eval.lora_scales", "trainable.lora"),
+            "eval.lora_scales scales the LLM's adapters, and trainable.lora is null, so there are none",
         )
 
 

@@ -142,6 +142,46 @@ def test_what_the_base_llm_said_must_be_there_to_go_on(setting: Any, tmp_path: P
     train(recipe, tmp_path / "run")
 
 
+def test_adapters_at_part_of_their_strength(setting: Any, tmp_path: Path) -> None:
+    """At 0 the model is the base LLM, at 1 what the last epoch found."""
+    from speech_llm.responders import SpeechResponder
+    from speech_llm.training.loop import open_features
+
+    folder = tmp_path / "run"
+    recipe = setting(folder, *UNGATED, "optimizer.lr=0.05")
+    probes = make_probes(recipe, folder)
+    assert probes is not None
+    kept: list[Any] = []
+
+    def probe(model: Any, processor: Any, epoch: float) -> dict[str, Any]:
+        kept[:] = [model, processor]
+        return probes(model, processor, epoch)
+
+    loop.train(
+        recipe,
+        folder / "targets" / "examples.jsonl",
+        folder / "train",
+        folder / "model",
+        probe=probe,
+        ask_base=probes.begin,
+        progress=False,
+    )
+    rows, base = read_probes(folder)
+    model, processor = kept
+    responder = SpeechResponder(model.eval(), processor, open_features(recipe, model, processor))
+    strengths = {}
+    for scale in (0.0, 0.5, 1.0):
+        model.set_lora_scale(scale)
+        strengths[scale] = probes.at_strength(responder, scale)
+    text = {name: rate for name, rate in strengths[0.0]["json"].items() if name.startswith("text")}
+    assert text == base["json"]
+    divergence = [strengths[scale]["forgetting"]["text KL"]["value"] for scale in (0.0, 0.5, 1.0)]
+    assert divergence[0] == pytest.approx(0, abs=1e-5)
+    assert divergence[0] < divergence[1] < divergence[2]
+    assert strengths[1.0] == {name: rows[-1][name] for name in ("json", "forgetting")}
+    assert (folder / "train" / "probes" / "json-strength-0.5-audio.jsonl").exists()
+
+
 @pytest.mark.assets
 def test_general_text_and_safety_are_watched_with_sound_and_without(setting: Any, tmp_path: Path) -> None:
     watched = [

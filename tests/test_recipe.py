@@ -269,7 +269,7 @@ def test_a_loss_has_the_keys_of_its_type(recipe_file: Path) -> None:
             "tuned on answers",
         ),
         (["optimizer.part_lr.lora=1e-4"], ("optimizer.part_lr.lora", "trainable.lora"), "does not train"),
-        (["eval.lora_scale=0.5"], ("eval.lora_scale", "trainable.lora"), "there are none"),
+        (["eval.lora_scales=[0.5]"], ("eval.lora_scales", "trainable.lora"), "there are none"),
     ],
 )
 def test_learning_that_contradicts_itself_names_two_keys_and_why(

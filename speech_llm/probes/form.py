@@ -18,7 +18,8 @@ class Now:
     """The model as a probe finds it.
 
     `epoch`: where the training is (see `speech_llm.probes`); None before it, where the model is the base LLM with an untrained
-    connector. `text_is_base`: without sound it answers as the base LLM, whatever was trained. `folder`: where rows are written.
+    connector. `text_is_base`: without sound it answers as the base LLM, whatever was trained. `folder`: where rows are written. `name`: stands
+    before the place in the names of files, where it is not an epoch.
     """
 
     model: Any
@@ -28,11 +29,12 @@ class Now:
     text_is_base: bool
     folder: Path
     batch_tokens: int
+    name: str = ""
 
     @property
     def label(self) -> str:
         """The place in the training as part of a file's name."""
-        return "base" if self.epoch is None else f"{self.epoch:g}"
+        return "base" if self.epoch is None else f"{self.name}{self.epoch:g}"
 
 
 class Probe(Protocol):

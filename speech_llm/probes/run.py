@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from eval.stats import Rate
@@ -53,6 +55,17 @@ class Probes:
             seconds[probe.name] = round(time.perf_counter() - started, 2)
         self._tell(f"at epoch {epoch:g}", seconds)
         return {"probe": found, "probe_seconds": seconds}
+
+    def at_strength(self, responder: Any, scale: float) -> dict[str, Series]:
+        """`{PROBE: {SERIES: rate}}` of a trained model whose adapters act at a strength."""
+        now = replace(
+            self._now(responder.model, responder.processor, scale),
+            features=responder.features,
+            name="strength-",
+        )
+        base = read_json(self.folder / BASE)
+        with torch.inference_mode():
+            return {probe.name: probe.run(now, base.get(probe.name, {})) for probe in self.probes}
 
     def _now(self, model: Any, processor: Any, epoch: float | None) -> Now:
         from speech_llm.training.loop import open_features
