@@ -21,11 +21,14 @@ from speech_llm.files import JsonlAppender, read_jsonl, stable_hash, write_json,
 
 
 class Responder(Protocol):
-    """Any model: conversations in, one answer each out. `on_answer(index, text)` is called as answers come."""
+    """Any model: conversations in, one answer each out, None where it gave none (a server that was down).
+
+    `on_answer(index, text)` is called as answers come.
+    """
 
     def respond(
         self, conversations: Sequence[list[Message]], on_answer: Callable[[int, str], None] | None = None
-    ) -> list[str]: ...
+    ) -> Sequence[str | None]: ...
 
 
 def evaluate(
@@ -35,7 +38,10 @@ def evaluate(
     limit: int | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Ask every instance (the first `limit` of each task), score, and write both files under `out_dir`."""
+    """Ask every instance (the first `limit` of each task), score, and write both files under `out_dir`.
+
+    An instance without an answer is wrong and counted as `unanswered`; it is asked again the next time.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen = [(task, instance) for task in tasks for instance in task.instances[:limit]]
     keys = [stable_hash([task.name, instance.id, instance.messages]) for task, instance in chosen]
@@ -44,9 +50,9 @@ def evaluate(
         todo = [i for i, key in enumerate(keys) if key not in answers]
         with tqdm(total=len(todo), desc=f"eval {out_dir.name}", unit="answer", disable=not progress) as bar:
 
-            def done(place: int, text: str) -> None:
+            def done(place: int, text: str | None) -> None:
                 key = keys[todo[place]]
-                if key not in answers:
+                if text is not None and key not in answers:
                     answers[key] = text
                     journal.append({"key": key, "response": text})
                     bar.update()
@@ -63,7 +69,7 @@ def evaluate(
                 picked, pick_choices(responder, [chosen[todo[p]][1] for p in picked]), strict=True
             ):
                 done(place, text)
-    return _write_results(chosen, [answers[key] for key in keys], tasks, out_dir)
+    return _write_results(chosen, [answers.get(key) for key in keys], tasks, out_dir)
 
 
 def score_responses(tasks: Sequence[Task], responses: Path, out_dir: Path) -> dict[str, dict[str, Any]]:
@@ -114,7 +120,10 @@ def score_responses(tasks: Sequence[Task], responses: Path, out_dir: Path) -> di
 
 
 def _write_results(
-    chosen: Sequence[tuple[Task, Instance]], answers: Sequence[str], tasks: Sequence[Task], out_dir: Path
+    chosen: Sequence[tuple[Task, Instance]],
+    answers: Sequence[str | None],
+    tasks: Sequence[Task],
+    out_dir: Path,
 ) -> dict[str, dict[str, Any]]:
     rows = [
         {
@@ -123,7 +132,8 @@ def _write_results(
             "prompt": _prompt(instance),
             "response": answer,
             "label": instance.label,
-            **score_answer(instance, answer),
+            "metric": instance.metric,
+            **(score_answer(instance, answer) if answer is not None else _unanswered(instance)),
             "seen": instance.seen,
             "audio": next((part["path"] for part in audio_parts(instance.messages)), None),
         }
@@ -137,6 +147,9 @@ def _write_results(
         if not mine:
             continue
         result = {"dimension": task.dimension, **summarise([i for i, _ in mine], [r for _, r in mine])}
+        unanswered = sum(row["response"] is None for _, row in mine)
+        if unanswered:
+            result["unanswered"] = unanswered
         for name, wanted in (("seen", True), ("unseen", False)):
             part = [(i, row) for i, row in mine if i.seen is wanted]
             result[name] = summarise([i for i, _ in part], [r for _, r in part]) if part else None
@@ -148,6 +161,14 @@ def _write_results(
         write_jsonl(out_dir / "task_rejects.jsonl", set_aside)
     write_json(out_dir / "results.json", results)
     return results
+
+
+def _unanswered(instance: Instance) -> dict[str, Any]:
+    """The score of no answer: wrong, even where an empty one would have been right."""
+    scored = score_answer(instance, "")
+    if "errors" in scored:
+        return scored | {"score": max(1.0, scored["score"]), "errors": max(1, scored["errors"])}
+    return scored if scored["score"] is None else scored | {"score": 0.0}
 
 
 def _prompt(instance: Instance) -> str:

@@ -8,6 +8,7 @@ Out: float32 mono samples at 16 kHz, nominally within [-1, 1]. What cannot be us
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,13 @@ def load_audio(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> np.nda
         reason = "the file contains no sound" if length_s == 0 else f"only {length_s:.3f} s of sound"
         raise AudioError(path, f"{reason}; at least {MIN_DURATION_S} s is needed")
     return samples
+
+
+def wav_bytes(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:
+    """A file's sound as a 16-bit mono WAV file, for who takes no other kind. Raises `AudioError`."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, load_audio(path, sample_rate_hz), sample_rate_hz, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
 
 
 def stream_audio(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:

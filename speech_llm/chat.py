@@ -70,7 +70,16 @@ def user_message(question: str, recordings: list[Path]) -> Message:
 
 
 def answer_once(responder: Responder, question: str, recordings: list[Path]) -> str:
-    return responder.respond([[user_message(question, recordings)]])[0]
+    return answer_of(responder, [user_message(question, recordings)])
+
+
+def answer_of(responder: Responder, conversation: list[Message]) -> str:
+    """The answer to a conversation; `UserError` where a server gave none."""
+    answer = responder.respond([conversation])[0]
+    if answer is None:
+        why = getattr(responder, "trouble", lambda: None)()
+        raise UserError(why or "there was no answer")
+    return answer
 
 
 def session(
@@ -107,7 +116,7 @@ def session(
                 say(HELP)
             else:
                 asked = user_message(line, waiting)
-                answer = responder.respond([[*turns, asked]])[0]
+                answer = answer_of(responder, [*turns, asked])
                 turns += [asked, {"role": "assistant", "content": answer}]
                 waiting = []
                 say(answer)

@@ -16,6 +16,8 @@ from typing import Any
 
 from speech_llm.errors import UserError
 
+# Why a chat got no answer that was never sent: what it is made of cannot be used.
+UNASKABLE = "could not be asked"
 # So many failures in a row (and at least twice as many as there are requests at a time) mean that the server is gone.
 GIVE_UP_AFTER = 16
 
@@ -32,6 +34,16 @@ class NoAnswer:
     why: str
     detail: str = field(default="", compare=False)
     reached: bool = field(default=True, compare=False)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server is asked; `ChatServer` says what each means."""
+
+    api_key_env: str | None = None
+    concurrency: int = 8
+    retries: int = 4
+    timeout_s: float = 120.0
 
 
 class ServerGone(UserError):
@@ -132,10 +144,11 @@ class ChatServer:
                 for future in as_completed(waiting):
                     answer, tokens = future.result()
                     on_answer(waiting[future], answer, tokens)
-                    failed_in_a_row = failed_in_a_row + 1 if isinstance(answer, NoAnswer) else 0
-                    if isinstance(answer, NoAnswer) and failed_in_a_row >= max(
-                        GIVE_UP_AFTER, 2 * self.concurrency
-                    ):
+                    if not isinstance(answer, NoAnswer):
+                        failed_in_a_row = 0
+                        continue
+                    failed_in_a_row += answer.why != UNASKABLE
+                    if failed_in_a_row >= max(GIVE_UP_AFTER, 2 * self.concurrency):
                         raise ServerGone(
                             f"{self.url}: the last {failed_in_a_row} requests all failed (the last one: {answer.why}"
                             f"{', ' + answer.detail if answer.detail else ''}); "
@@ -158,7 +171,7 @@ class ChatServer:
         try:
             messages = messages_of(index)
         except UserError as error:
-            return NoAnswer("could not be asked", str(error)), 0
+            return NoAnswer(UNASKABLE, str(error)), 0
         try:
             reply = self._client.chat.completions.create(
                 model=self.model,

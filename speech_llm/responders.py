@@ -4,14 +4,17 @@
     text:LLM                      the text LLM, given each audio part's `description` in place of the sound (the ceiling)
     teacher:LLM                   the same, with the worked example of the audio part before it (what wrote the targets)
     cascade:LLM                   the text LLM, given the transcript only
+    openai:URL[#MODEL]            a model on a server of OpenAI's protocol, which hears the sound itself; as the LLM of the
+                                  three above it is a text LLM (`text:openai:URL#MODEL`)
 
 In: conversations whose audio parts are `{"type": "audio", "path", "transcript"?, "description"?, "example"?}`.
-Out: one answer each, greedy, in order. `eval` is handed such an object and knows nothing else of the model.
+Out: one answer each, greedy, in order; None where a server gave none. `eval` is handed such an object and knows nothing else of the model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +23,14 @@ from typing import Any, Protocol
 import torch
 
 from speech_llm.audio import SAMPLE_RATE_HZ, load_audio
+from speech_llm.chat_server import ServerSettings
 from speech_llm.choosing import by_context, choose_by_form, choose_in_chat, choose_plain
 from speech_llm.data.features import FeatureStore, stack_features
 from speech_llm.errors import UserError
 from speech_llm.examples import Message, audio_parts
 from speech_llm.files import read_json
 from speech_llm.generation import Prompt, answer_chats, end_of_turn_ids, generate
+from speech_llm.served import load_served
 from speech_llm.targets.score import score_answers
 
 OnAnswer = Callable[[int, str], None]
@@ -36,7 +41,46 @@ class Responder(Protocol):
 
     def respond(
         self, conversations: Sequence[list[Message]], on_answer: OnAnswer | None = None
-    ) -> list[str]: ...
+    ) -> Sequence[str | None]: ...
+
+
+def text_chat(
+    conversation: list[Message], reads: str = "description", worked_example: bool = False
+) -> list[Message]:
+    """A conversation as plain text, each audio part replaced by what is read of it: its description, or its transcript.
+
+    `worked_example`: with the one of the audio part as turns before. Raises `UserError` for a part without a description.
+    """
+    turns: list[Message] = []
+    for message in conversation:
+        content = message["content"]
+        if not isinstance(content, str):
+            pieces = []
+            for part in content:
+                if part["type"] == "text":
+                    pieces.append(part["text"])
+                    continue
+                pieces.append(_stand_in(part, reads))
+                example = part.get("example")
+                if worked_example and example:
+                    question = "\n".join(p["text"] for p in content if p["type"] == "text")
+                    turns.append({"role": "user", "content": f"{example['context']}\n{question}"})
+                    turns.append({"role": "assistant", "content": example["answer"]})
+            content = "\n".join(pieces)
+        turns.append({"role": message["role"], "content": content})
+    return turns
+
+
+def _stand_in(part: dict[str, Any], reads: str) -> str:
+    if reads == "transcript":
+        words = part.get("transcript") or transcribe([part["path"]])[0]
+        return f'Someone says: "{words}"' if words else "Nothing is said."
+    if not part.get("description"):
+        raise UserError(
+            f"{part.get('path')}: there is no description to read in place of the sound; "
+            "make one with `speech-llm describe` and put it into the audio part as 'description'"
+        )
+    return str(part["description"])
 
 
 class TextResponder:
@@ -56,36 +100,8 @@ class TextResponder:
         self._answered: dict[str, str] = {}
 
     def chat(self, conversation: list[Message]) -> list[Message]:
-        """The conversation as plain text, each audio part replaced by what is read of it."""
-        turns: list[Message] = []
-        for message in conversation:
-            content = message["content"]
-            if not isinstance(content, str):
-                pieces = []
-                for part in content:
-                    if part["type"] == "text":
-                        pieces.append(part["text"])
-                        continue
-                    pieces.append(self._stand_in(part))
-                    example = part.get("example")
-                    if self.worked_example and example:
-                        question = "\n".join(p["text"] for p in content if p["type"] == "text")
-                        turns.append({"role": "user", "content": f"{example['context']}\n{question}"})
-                        turns.append({"role": "assistant", "content": example["answer"]})
-                content = "\n".join(pieces)
-            turns.append({"role": message["role"], "content": content})
-        return turns
-
-    def _stand_in(self, part: dict[str, Any]) -> str:
-        if self.reads == "transcript":
-            words = part.get("transcript") or transcribe([part["path"]])[0]
-            return f'Someone says: "{words}"' if words else "Nothing is said."
-        if not part.get("description"):
-            raise UserError(
-                f"{part.get('path')}: there is no description to read in place of the sound; "
-                "make one with `speech-llm describe` and put it into the audio part as 'description'"
-            )
-        return str(part["description"])
+        """The conversation as the LLM reads it; see `text_chat`."""
+        return text_chat(conversation, self.reads, self.worked_example)
 
     def respond(self, conversations: Sequence[list[Message]], on_answer: OnAnswer | None = None) -> list[str]:
         chats = [self.chat(conversation) for conversation in conversations]
@@ -283,19 +299,29 @@ def transcribe(paths: Sequence[str], asr: str | None = None) -> list[str]:
 
 
 def load_responder(
-    model: str, max_new_tokens: int = 128, batch_tokens: int = 4096, lora_scale: float | None = None
+    model: str,
+    max_new_tokens: int = 128,
+    batch_tokens: int = 4096,
+    lora_scale: float | None = None,
+    server: ServerSettings | None = None,
 ) -> Responder:
-    """The responder for a model's name as the command line takes it; see the head of this file."""
+    """The responder for a model's name as the command line takes it; see the head of this file. `server`: how one is asked."""
     from speech_llm.assets import load_answering_llm
 
     kind, _, reference = model.partition(":")
+    if kind == "openai":
+        return load_served(reference, server, max_new_tokens)
     if kind in ("text", "teacher", "cascade") and reference:
+        reads, worked_example = "transcript" if kind == "cascade" else "description", kind == "teacher"
+        if reference.startswith("openai:"):
+            as_text = functools.partial(text_chat, reads=reads, worked_example=worked_example)
+            return load_served(reference.removeprefix("openai:"), server, max_new_tokens, as_text)
         llm, tokenizer = load_answering_llm(reference)
         return TextResponder(
             llm,
             tokenizer,
-            reads="transcript" if kind == "cascade" else "description",
-            worked_example=kind == "teacher",
+            reads=reads,
+            worked_example=worked_example,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
         )

@@ -12,6 +12,7 @@ from typing import Any
 _ASIDE = {
     "n",
     "unparsed",
+    "unanswered",
     "interval",
     "chance",
     "majority",

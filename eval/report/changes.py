@@ -102,8 +102,8 @@ def compare(
                 key[0],
                 str(one[key].get("prompt", "")),
                 str(one[key].get("label", "")),
-                str(one[key].get("response", "")),
-                str(two[key].get("response", "")),
+                str(one[key].get("response") or ""),
+                str(two[key].get("response") or ""),
                 sounds.address(one[key].get("audio") or two[key].get("audio")),
             )
             for key in order[:examples]

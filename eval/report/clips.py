@@ -68,9 +68,17 @@ def clips(run: Run, sounds: Sounds, count: int = CLIPS) -> list[dict[str, Any]]:
             continue
         used.add(audio)
         others = [
-            {"name": name, "text": other.get("response", ""), "good": is_right(other)}
+            {"name": name, "text": other.get("response") or "", "good": is_right(other)}
             for name in run.peers
             if (other := answers.get(name, {}).get(key)) is not None
         ]
-        picked.append({**row, "sound": sound, "good": is_right(row), "others": others})
+        picked.append(
+            {
+                **row,
+                "response": row.get("response") or "",
+                "sound": sound,
+                "good": is_right(row),
+                "others": others,
+            }
+        )
     return picked

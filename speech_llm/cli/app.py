@@ -44,6 +44,27 @@ Set = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 
+# How a server is asked (`openai:URL`); the same in every verb that can ask one.
+ApiKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-env",
+        metavar="NAME",
+        help="of openai:URL: the environment variable that holds the key",
+        show_default=False,
+    ),
+]
+Concurrency = Annotated[
+    int, typer.Option("--concurrency", min=1, metavar="N", help="of openai:URL: requests at a time")
+]
+Retries = Annotated[
+    int, typer.Option("--retries", min=0, metavar="N", help="of openai:URL: further tries of a request")
+]
+TimeoutS = Annotated[
+    float,
+    typer.Option("--timeout-s", min=0.1, metavar="S", help="of openai:URL: seconds that a try may take"),
+]
+
 
 def typed_command() -> str:
     """What the user typed, fit to be typed again."""

