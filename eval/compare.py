@@ -20,17 +20,22 @@ from speech_llm.files import read_jsonl
 DRAWS = 2000
 
 
+def predictions_path(folder: Path) -> Path:
+    """Where a folder of `eval` or `score`, or a run, has its answers. Raises `UserError` where there are none."""
+    places = (folder / "predictions.jsonl", folder / "eval" / "speech_llm" / "predictions.jsonl")
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise UserError(f"{places[0]}: no such file; `speech-llm eval` or `speech-llm score` makes it")
+    return path
+
+
 def predictions(folder: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
     """The scored rows of a folder by task, id, prompt and label.
 
     Raises `UserError` for a folder without any.
     """
-    places = (folder / "predictions.jsonl", folder / "eval" / "speech_llm" / "predictions.jsonl")
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise UserError(f"{places[0]}: no such file; `speech-llm eval` or `speech-llm score` makes it")
     rows = {}
-    for _, row in read_jsonl(path):
+    for _, row in read_jsonl(predictions_path(folder)):
         key = (str(row["task"]), str(row["id"]), str(row.get("prompt")), str(row.get("label")))
         rows[key] = row
     return rows

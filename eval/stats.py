@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -87,3 +87,42 @@ def mcnemar(only_first: int, only_second: int) -> float:
         return 1.0
     tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def agreement(pairs: Sequence[tuple[bool, bool]], draws: int = 2000) -> dict[str, Any] | None:
+    """How far two who say right or wrong of the same answers agree; None where there is no answer.
+
+    `{"n", "raw", "interval", "kappa", "kappa_interval", "both_right", "first_only", "second_only", "both_wrong"}`: the share of equal
+    verdicts with its Wilson interval, and Cohen's kappa (1960), the share beyond what their own rates give by chance, with a bootstrap
+    interval. Kappa is None where chance alone agrees on everything (both always say the same one thing).
+    """
+    if not pairs:
+        return None
+    cells = np.asarray(
+        [pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))]
+    )
+    n = len(pairs)
+    equal = int(cells[0] + cells[3])
+    drawn = _kappa(np.random.default_rng(0).multinomial(n, cells / n, draws))
+    drawn = drawn[np.isfinite(drawn)]
+    kappa = float(_kappa(cells[None])[0])
+    known = math.isfinite(kappa)
+    return {
+        "n": n,
+        "raw": round(equal / n, 4),
+        "interval": [round(value, 4) for value in wilson_interval(equal, n)],
+        "kappa": round(kappa, 4) if known else None,
+        "kappa_interval": [round(float(v), 4) for v in np.quantile(drawn, [0.025, 0.975])] if known else None,
+        **dict(zip(("both_right", "first_only", "second_only", "both_wrong"), map(int, cells), strict=True)),
+    }
+
+
+def _kappa(cells: np.ndarray) -> np.ndarray:
+    """Cohen's kappa (k,) of tables (k, 4): both, first only, second only, neither. NaN where it is not defined."""
+    shares = cells / cells.sum(1, keepdims=True)
+    both, first_only, second_only, neither = shares.T
+    first, second = both + first_only, both + second_only
+    by_chance = first * second + (1 - first) * (1 - second)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Adding 0 makes a -0 plain.
+        return np.where(by_chance < 1, (both + neither - by_chance) / (1 - by_chance) + 0.0, np.nan)

@@ -30,6 +30,7 @@ VERBS = (
     "train",
     "eval",
     "score",
+    "judge",
     "report",
     "chat",
     "doctor",
