@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from eval.speech_ifeval import SPEECH_IFEVAL, forgetting_rate
 from eval.stats import mcnemar
 from speech_llm.errors import UserError
-from speech_llm.files import read_jsonl
+from speech_llm.files import read_json, read_jsonl
 
 DRAWS = 2000
 
@@ -101,6 +102,23 @@ def _told(values: Sequence[float], draws: np.ndarray) -> dict[str, Any]:
         "interval": [round(float(low), 4), round(float(high), 4)],
         "p": max(round(p, 4), 1 / DRAWS),
     }
+
+
+def ifeval_forgetting(first: Path, second: Path) -> str | None:
+    """Speech-IFEval's forgetting rate of `second` against `first` (the text LLM fed the sound as text); None without both IFrates."""
+    found = []
+    for folder in (first, second):
+        path = folder / "results.json"
+        results = read_json(path) if path.exists() else {}
+        results = (results.get("models") or {}).get("speech_llm", results)
+        if not isinstance(results, dict) or SPEECH_IFEVAL not in results:
+            return None
+        found.append(results[SPEECH_IFEVAL])
+    change = forgetting_rate(found[0], found[1])
+    if change is None:
+        return None
+    rates = " -> ".join(f"{100 * result['ifrate']:.2f}" for result in found)
+    return f"Speech-IFEval: IFrate {rates}, forgetting rate {100 * change:+.2f} %"
 
 
 def comparison_table(results: dict[str, dict[str, Any]], names: tuple[str, str]) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from eval.general import CHOICE, pick_choices
 from eval.scoring import score_answer, summarise
+from eval.speech_ifeval import SPEECH_IFEVAL, ifrate
 from eval.tasks import Instance, Task
 from speech_llm.errors import UserError
 from speech_llm.examples import Message, audio_parts
@@ -157,6 +158,9 @@ def _write_results(
             result["rejected"] = len(task.rejects)
             set_aside += [{"task": task.name, **row} for row in task.rejects]
         results[task.name] = result
+    follows = ifrate(results)
+    if follows is not None:
+        results[SPEECH_IFEVAL] = follows
     if set_aside:
         write_jsonl(out_dir / "task_rejects.jsonl", set_aside)
     write_json(out_dir / "results.json", results)

@@ -6,6 +6,7 @@
     per       units wrong, of a sequence written with blanks between them (phones)
     number    one number, however written; what holds none or several is N/A (`eval.numbers`)
     f1        words in common with a reference answer (SQuAD's F1)
+    ifeval    the constraints that the answer must keep (`eval.speech_ifeval`)
     choice, refusal, identity   see `eval.general` and `eval.safety`
 An answer that cannot be read is counted as unparsed and is wrong; it is never guessed.
 """
@@ -22,6 +23,7 @@ from eval.general import CHOICE
 from eval.matching import match_option, normalise_text, spoken_words
 from eval.numbers import read_number
 from eval.safety import IDENTITY, REFUSAL, verdict
+from eval.speech_ifeval import IFEVAL, score_constraints, summarise_constraints
 from eval.stats import bootstrap_ratio, chance, majority, wilson_interval
 from eval.tasks import Instance
 
@@ -56,6 +58,8 @@ def score_answer(instance: Instance, response: str) -> dict[str, Any]:
         number = read_number(response)
         error = None if number is None else abs(number - float(instance.label))
         return {"parsed": number, "score": error}
+    if instance.metric == IFEVAL:
+        return score_constraints(instance, response)
     if instance.metric == "f1":
         return {"parsed": response.strip() or None, "score": round(_f1(instance.label, response), 4)}
     return _error_rate(instance, response)
@@ -99,6 +103,8 @@ def summarise(instances: Sequence[Instance], rows: Sequence[dict[str, Any]]) -> 
         return {"metric": metric, metric: round(value, 4), **common, "interval": _rounded(interval), "chance": None, "majority": None}  # fmt: skip
     if metric == "number":
         return {**_numbers(instances, rows), **common}
+    if metric == IFEVAL:
+        return {**summarise_constraints(rows), **common}
     if metric == "f1":
         scores = [row["score"] for row in rows]
         interval = bootstrap_ratio(scores, [1.0] * n)

@@ -15,7 +15,7 @@ from speech_llm.errors import UserError, nearest
 from speech_llm.examples import Message, audio_parts
 from speech_llm.files import read_jsonl, write_jsonl
 
-METRICS = ("option", "exact", "wer", "cer", "per", "number", "f1", "choice", "refusal", "identity")
+METRICS = ("option", "exact", "wer", "cer", "per", "number", "f1", "choice", "refusal", "identity", "ifeval")
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Instance:
     attributes: dict[str, Any] = field(default_factory=dict)
     seen: bool | None = None
     prompt_id: str | None = None
+    # Of metric "ifeval": what the answer must keep, `{"id", "arguments"}` each, and how the answer itself is scored.
+    constraints: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -62,6 +64,7 @@ def write_task(task: Task, path: Path) -> None:
                 "synonyms": item.synonyms,
                 "seen": item.seen,
                 "prompt_id": item.prompt_id,
+                **({"constraints": item.constraints} if item.constraints else {}),
             }
             for item in task.instances
         ),
@@ -72,6 +75,8 @@ FORMS = {
     "jsonl": "jsonl:FILE",
     "dynamic-superb": "dynamic-superb:FOLDER_OR_HUB_ID",
     "desta": "desta:FILE",
+    "speech-ifeval": "speech-ifeval:FILE_OR_FOLDER",
+    "ifeval": "ifeval:RUN",
     "general": "general[:NAME]",
     "safety": "safety[:FILE]",
     "safety-spoken": "safety-spoken[:FILE]",
@@ -94,6 +99,14 @@ def load_tasks(spec: str) -> list[Task]:
         from eval.desta_rows import desta_task
 
         return [desta_task(Path(rest))]
+    if kind == "speech-ifeval" and rest:
+        from eval.speech_ifeval import speech_ifeval_tasks
+
+        return speech_ifeval_tasks(Path(rest))
+    if kind == "ifeval" and rest:
+        from eval.ifeval_set import run_tasks
+
+        return run_tasks(Path(rest))
     if kind == "general":
         from eval.general import general_tasks
 
@@ -180,5 +193,6 @@ def _instance(row: dict[str, Any], path: Path, number: int) -> tuple[Instance, s
         synonyms=row.get("synonyms"),
         seen=row.get("seen"),
         prompt_id=row.get("prompt_id"),
+        constraints=list(row.get("constraints") or []),
     )
     return instance, str(row.get("dimension") or "")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.ifeval_set import run_tasks
 from eval.runner import evaluate
 from eval.tasks import Instance, Task, load_tasks, write_task
 from speech_llm.errors import UserError
@@ -177,6 +178,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, progress: bool = True) -> dict[s
 
     out = run_dir / "eval"
     tasks = build_tasks(recipe, run_dir)
+    if recipe.eval.ifeval:
+        tasks += run_tasks(run_dir, recipe.eval.ifeval)
     for task in tasks:
         write_task(task, out / "tasks" / f"{task.name}.jsonl")
     tasks = [task for path in sorted((out / "tasks").glob("*.jsonl")) for task in load_tasks(f"jsonl:{path}")]

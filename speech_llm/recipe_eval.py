@@ -82,6 +82,10 @@ class EvalSection(Section):
         description="strengths at which the LLM's adapters are tried as well (1 = as trained, 0 = the base LLM): all tasks and probes "
         "for each",
     )
+    ifeval: NotNegative = Field(
+        default=0,
+        description="instances of each Speech-IFEval-like task about the test clips (closed, without constraint, creative); 0 = none",
+    )
     models: list[ModelName] = Field(
         default=["speech_llm", "ceiling", "teacher", "cascade"], description="who answers the tasks"
     )

@@ -46,6 +46,8 @@ Tasks:
   jsonl:FILE                           our own form, a line below
   dynamic-superb:FOLDER_OR_HUB_ID      Dynamic-SUPERB: instance.json and a table or dataset; a folder of such folders is many tasks
   desta:FILE                           rows of DeSTA-AQA5M, answers compared with the reference (f1)
+  speech-ifeval:FILE_OR_FOLDER         Speech-IFEval's own files; its forgetting rate: speech-llm compare TEXT_LLM MODEL
+  ifeval:RUN                           a set of that form about the test clips of a run
   general[:NAME]                       knowledge, reasoning, arithmetic, code, tool_call, translation
   safety[:FILE], safety-spoken[:FILE]  our own requests, or a file of AdvBench, HEx-PHI, XSTest
   lm-eval:NAME                         any task of lm-evaluation-harness, or a YAML file of its form
@@ -269,13 +271,16 @@ def compare(
 ) -> None:
     """Compare two models on the instances that both answered, task by task."""
     from eval.compare import compare as compare_folders
-    from eval.compare import comparison_table
+    from eval.compare import comparison_table, ifeval_forgetting
     from speech_llm.files import write_json
 
     results = compare_folders(first, second)
     if out is not None:
         write_json(out, results)
     typer.echo(comparison_table(results, (first.name or "first", second.name or "second")))
+    forgotten = ifeval_forgetting(first, second)
+    if forgotten is not None:
+        typer.echo(forgotten)
 
 
 @app.command(
