@@ -105,8 +105,11 @@ def _told(values: Sequence[float], draws: np.ndarray) -> dict[str, Any]:
 
 
 def ifeval_forgetting(first: Path, second: Path) -> str | None:
-    """Speech-IFEval's forgetting rate of `second` against `first` (the text LLM fed the sound as text); None without both IFrates."""
-    found = []
+    """Speech-IFEval's forgetting rate of `second` against `first` (the text LLM fed the sound as text); None without both IFrates.
+
+    With the chain of thought where a judge has seen that of both.
+    """
+    found, judged = [], []
     for folder in (first, second):
         path = folder / "results.json"
         results = read_json(path) if path.exists() else {}
@@ -114,6 +117,10 @@ def ifeval_forgetting(first: Path, second: Path) -> str | None:
         if not isinstance(results, dict) or SPEECH_IFEVAL not in results:
             return None
         found.append(results[SPEECH_IFEVAL])
+        verdicts = predictions_path(folder).parent / "judged-reasoning.json"
+        judged.append(read_json(verdicts).get("ifrate") if verdicts.exists() else None)
+    if all(judged):
+        found = judged
     change = forgetting_rate(found[0], found[1])
     if change is None:
         return None

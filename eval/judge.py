@@ -1,7 +1,8 @@
 """A judge: an LLM says of saved answers whether they are right, and how far it agrees with the rules that scored them.
 
 In: a folder with `predictions.jsonl` and anything that answers conversations. Out, beside it: `judged.jsonl`, one line an answer that
-was put to the judge, in the order of the predictions, and `judged.json`, by task. Verdicts are journalled as they come, so a judge
+was put to the judge, in the order of the predictions, and `judged.json`, by task (`judged-reasoning.*` where the question is whether
+there is reasoning, as for Speech-IFEval's chain of thought, whose rate then enters IFrate). Verdicts are journalled as they come, so a judge
 that goes away costs nothing that it has said. A verdict that cannot be read is counted; it is never guessed.
 
 The form is that of Speech-IFEval (2505.19037, script/llm_evaluation.py): the task in the system turn, question, correct answer and
@@ -20,10 +21,11 @@ from tqdm import tqdm
 
 from eval.compare import predictions_path
 from eval.runner import Responder
+from eval.speech_ifeval import IFEVAL, ifrate, with_verdicts
 from eval.stats import agreement, wilson_interval
 from speech_llm.errors import UserError, nearest
 from speech_llm.examples import Message
-from speech_llm.files import JsonlAppender, read_jsonl, stable_hash, write_json, write_jsonl
+from speech_llm.files import JsonlAppender, read_json, read_jsonl, stable_hash, write_json, write_jsonl
 
 _END = 'Think it over in a sentence or two. Then end with the format "Result: <YES or NO>".'
 FORMS = {
@@ -63,9 +65,10 @@ def read_verdict(said: str) -> bool | None:
 
 @dataclass
 class Judged:
-    """What came of it: what `judged.json` holds, and lines of the predictions that could not be used."""
+    """What came of it: what the `file` (`judged.json`) holds, and lines of the predictions that could not be used."""
 
     found: dict[str, Any]
+    file: str
     rejects: list[dict[str, Any]]
 
 
@@ -110,7 +113,8 @@ def judge_folder(
                 if any(key in said for key in keys):
                     _write(path.parent, name, form, rows, [said.get(key) for key in keys])
                 raise
-    return Judged(_write(path.parent, name, form, rows, [said.get(key) for key in keys]), rejects)
+    found = _write(path.parent, name, form, rows, [said.get(key) for key in keys])
+    return Judged(found, f"{_stem(form)}.json", rejects)
 
 
 def _readable(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -138,34 +142,52 @@ def _chosen(
                 f"{path}: there is no task {name!r}; there are {', '.join(by_task)}.{nearest(name, list(by_task))}"
             )
     if tasks is None:
-        tasks = [name for name, own in by_task.items() if own[0].get("metric") in _IN_WORDS]
+        tasks = [
+            name
+            for name, own in by_task.items()
+            if (own[0].get("metric") in _IN_WORDS if form == "answer" else _needs_judge(own))
+        ]
     if not tasks:
+        wanted = "has a right answer in words" if form == "answer" else "is a chain of thought"
         raise UserError(
-            f"{path}: none of its tasks ({', '.join(by_task) or 'there are none'}) has a right answer in words; "
+            f"{path}: none of its tasks ({', '.join(by_task) or 'there are none'}) {wanted}; "
             "name those to judge all the same with --tasks"
         )
     return [row for name in dict.fromkeys(tasks) for row in by_task[name][:limit]]
+
+
+def _needs_judge(rows: Sequence[dict[str, Any]]) -> bool:
+    return all(
+        row.get("metric") == IFEVAL and row.get("score") is None and "answer_errors" not in row
+        for row in rows
+    )
 
 
 def _write(
     out: Path, name: str, form: str, rows: Sequence[dict[str, Any]], said: Sequence[str | None]
 ) -> dict[str, Any]:
     judged = [_judged(row, text) for row, text in zip(rows, said, strict=True)]
-    write_jsonl(out / "judged.jsonl", judged)
+    write_jsonl(out / f"{_stem(form)}.jsonl", judged)
     by_task: dict[str, list[dict[str, Any]]] = {}
     for row in judged:
         by_task.setdefault(row["task"], []).append(row)
     # No rule says whether there is reasoning.
     pairs = {task: _pairs(own) if form == "answer" else [] for task, own in by_task.items()}
-    found = {
+    found: dict[str, Any] = {
         "judge": name,
         "form": form,
         "system": FORMS[form],
         "tasks": {task: _summary(own, pairs[task]) for task, own in by_task.items()},
         "all": _summary(judged, [pair for own in pairs.values() for pair in own]),
     }
-    write_json(out / "judged.json", found)
+    if form == "reasoning" and (out / "results.json").exists():
+        found["ifrate"] = ifrate(with_verdicts(read_json(out / "results.json"), found["tasks"]))
+    write_json(out / f"{_stem(form)}.json", found)
     return found
+
+
+def _stem(form: str) -> str:
+    return "judged" if form == "answer" else f"judged-{form}"
 
 
 def _judged(row: dict[str, Any], said: str | None) -> dict[str, Any]:
@@ -226,7 +248,11 @@ def judged_table(found: dict[str, Any]) -> str:
             told.append("-" if kappa is None else f"{kappa:.2f}")
         asked = [str(own["unparsed"]), str(own["unanswered"])]
         lines.append([task, str(own["n"]), right, f"{low:.1f} to {high:.1f}", *asked, *told])
+    rates = found.get("ifrate")
+    with_judge = f"\nSpeech-IFEval: IFrate {100 * rates['ifrate']:.2f}" if rates else ""
+    if rates and rates.get("needs_judge"):
+        with_judge += f", without {', '.join(rates['needs_judge'])}: not all of it is judged"
     return (
-        f"{align(lines)}\nagrees: same verdict as the rules, of the answers that both have one on; "
-        "kappa: Cohen's, 0 is chance"
+        f"{align(lines)}\nagrees: same verdict as the rules, of the answers that both have one on; kappa: Cohen's, 0 is chance"
+        + with_judge
     )

@@ -2,7 +2,7 @@
 
     closed_ended_questions       a question with a rule-checked constraint: json, case, quotation, title, repetition, ending
     creative_writing             a free task with a constraint on bullets, sentences, words, paragraphs, keywords
-    chain-of-thought             judged by a model only: counted, not scored here
+    chain-of-thought             judged by a model only (`speech-llm judge --form reasoning`): counted, not scored here
     ...-woprompt                 the closed questions without a constraint: how well they are answered
 
 In: the benchmark's own files, rows `{"id", "audio_filepath", "textual_audio", "instruction", "metric", "instruction_id_list", "kwargs",
@@ -127,7 +127,9 @@ def score_constraints(instance: Instance, response: str) -> dict[str, Any]:
     """
     rules = [item for item in instance.constraints if item["id"] != "answer"]
     kept = {item["id"]: keeps(item["id"], item["arguments"], response) for item in rules}
-    answer: dict[str, Any] = next((item["arguments"] for item in instance.constraints if item["id"] == "answer"), {})
+    answer: dict[str, Any] = next(
+        (item["arguments"] for item in instance.constraints if item["id"] == "answer"), {}
+    )
     performance = _performance(str(answer.get("metric") or ""), instance, response)
     return {
         "parsed": response or None,
@@ -224,6 +226,20 @@ def ifrate(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
         "categories": rates,
         **({"needs_judge": left_out} if left_out else {}),
     }
+
+
+def with_verdicts(
+    results: Mapping[str, Mapping[str, Any]], judged: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Results by task, IFrate not among them, with a judge's rate where no rule decides and it has a say on every answer."""
+    decided = {
+        name: {**results[name], "accuracy": told["accuracy"]}
+        for name, told in judged.items()
+        if results.get(name, {}).get("needs_judge")
+        and results[name].get("accuracy") is None
+        and told["n"] == results[name]["n"]
+    }
+    return {name: result for name, result in results.items() if name != SPEECH_IFEVAL} | decided
 
 
 def forgetting_rate(reference: Mapping[str, Any], model: Mapping[str, Any]) -> float | None:

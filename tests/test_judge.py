@@ -12,8 +12,11 @@ import pytest
 from chat_servers import ChatStub, chat_server, nobody
 from sklearn.metrics import cohen_kappa_score
 
+from eval.compare import ifeval_forgetting
 from eval.judge import read_verdict
+from eval.runner import evaluate
 from eval.stats import agreement
+from eval.tasks import Instance, Task
 from speech_llm.cli import _exit_code
 from speech_llm.files import read_json, read_jsonl, write_jsonl
 
@@ -186,14 +189,46 @@ def test_one_refused_answer_is_told_and_the_rest_judged(
     assert (gender["n"], gender["unanswered"], gender["agreement"]["n"]) == (6, 1, 5)
 
 
-def test_the_question_whether_there_is_reasoning_needs_no_right_answer(
-    server: ChatStub, folder: Path
+def test_chain_of_thought_is_judged_without_a_right_answer_and_enters_ifrate(
+    server: ChatStub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def instance(task: str, number: int) -> Instance:
+        rules = [{"id": "change_case:english_lowercase", "arguments": {}}] if "closed" in task else []
+        asked = [{"role": "user", "content": f"Who? ({number})"}]
+        return Instance(str(number), asked, "male", task, "ifeval", constraints=rules)
+
+    class Says:
+        def respond(self, conversations: Any, on_answer: Any = None) -> list[str]:
+            return [
+                "male" if "(0)" in str(asked) else "The voice is LOW, so: male" for asked in conversations
+            ]
+
+    tasks = [
+        Task(name, "speech-ifeval", [instance(name, i) for i in range(4)], "ifeval")
+        for name in ("ifeval-closed", "ifeval-cot")
+    ]
+    for name in ("text", "model"):
+        results = evaluate(Says(), tasks, tmp_path / name, progress=False)
+        assert results["speech-ifeval"]["categories"] == {"ifeval-closed": 0.25}
+    server.reply = lambda messages: f"Result: {'YES' if 'so:' in messages[-1]['content'] else 'NO'}"
+    reasoning = ("--form", "reasoning")
+    assert _exit_code(command(tmp_path / "text", server.url, *reasoning, "--limit", "2")) == 0
+    assert "without ifeval-cot: not all of it is judged" in capsys.readouterr().out
+    assert _exit_code(command(tmp_path / "text", server.url, *reasoning)) == 0
+    assert "IFrate 50.00" in capsys.readouterr().out
+    assert all("Ground Truth" not in str(body["messages"][-1]) for body in server.bodies)
+    assert len(server.bodies) == 4  # the two of the first call are kept
+    found = read_json(tmp_path / "text" / "judged-reasoning.json")
+    assert found["tasks"]["ifeval-cot"]["accuracy"] == 0.75
+    assert found["tasks"]["ifeval-cot"]["agreement"] is None  # no rule says whether there is reasoning
+    assert found["ifrate"]["categories"] == {"ifeval-closed": 0.25, "ifeval-cot": 0.75}
+
+    assert "IFrate 25.00 -> 25.00" in str(ifeval_forgetting(tmp_path / "text", tmp_path / "model"))
     server.reply = lambda messages: "Result: NO"
-    assert _exit_code(command(folder, server.url, "--form", "reasoning", "--tasks", "gender")) == 0
-    assert all("Ground Truth" not in str(body) for body in server.bodies)
-    found = read_json(folder / "judged.json")
-    assert (found["form"], found["tasks"]["gender"]["agreement"]) == ("reasoning", None)
+    other = ["judge", str(tmp_path / "model"), "--judge", f"openai:{server.url}#k", *reasoning, "--quiet"]
+    assert _exit_code(other) == 0
+    told = str(ifeval_forgetting(tmp_path / "text", tmp_path / "model"))
+    assert "IFrate 50.00 -> 12.50, forgetting rate -75.00 %" in told
 
 
 def test_mistakes_are_one_sentence(
@@ -205,6 +240,9 @@ def test_mistakes_are_one_sentence(
         assert told.count("\n") == 1
         return told
 
+    assert "(gender, who, words, open) is a chain of thought" in error(
+        *command(folder, server.url, "--form", "reasoning")
+    )
     assert "no such file; `speech-llm eval`" in error(*command(folder / "absent", server.url))
     assert "Did you mean 'gender'?" in error(*command(folder, server.url, "--tasks", "gendre"))
     assert "no answer from there (connection failed)" in error(*command(folder, nobody()))

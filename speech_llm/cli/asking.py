@@ -251,7 +251,7 @@ def judge(
             err=True,
         )
     typer.echo(judged_table(judged.found))
-    typer.echo(f"results: {path.parent / 'judged.json'}")
+    typer.echo(f"results: {path.parent / judged.file}")
     tell_trouble(responder, lambda text: typer.echo(text, err=True))
 
 
