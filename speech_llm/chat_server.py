@@ -182,12 +182,12 @@ class ChatServer:
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise UserError(
                 f"{self.url}: the server refused the request for model {self.model!r} "
-                f"(HTTP {error.status_code}: {_short(error.message)}); check {self.settings}"
+                f"(HTTP {error.status_code}: {_said(error)}); check {self.settings}"
             ) from None
         except openai.APITimeoutError:
             return NoAnswer("timed out", reached=False), 0
         except openai.APIStatusError as error:
-            return NoAnswer(f"HTTP {error.status_code}", _short(error.message)), 0
+            return NoAnswer(f"HTTP {error.status_code}", _said(error)), 0
         except openai.APIConnectionError:
             return NoAnswer("connection failed", reached=False), 0
         except (openai.APIError, ValueError, TypeError):  # no JSON, half of it, or JSON of another kind
@@ -200,6 +200,12 @@ class ChatServer:
         if not isinstance(text, str) or not (empty_counts or text.strip()):
             return NoAnswer("not an answer"), 0
         return text.strip(), tokens
+
+
+def _said(error: Any) -> str:
+    """What the server said with an error status, in its own words where it has some."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return _short(body.get("message") or body.get("detail") or error.response.text or error.message)
 
 
 def _short(message: object) -> str:

@@ -96,6 +96,9 @@ class ServedResponder:
         """What was not answered and why, in one sentence; None when everything was."""
         if not self.failures:
             return None
+        if self.failures.total() == 1:
+            detail = f", {self._detail}" if self._detail else ""
+            return f"{self.server.url}: one got no answer ({next(iter(self.failures))}{detail})"
         reasons = ", ".join(f"{why}: {count:,}" for why, count in self.failures.most_common())
         detail = f"; the last one: {self._detail}" if self._detail else ""
         return f"{self.server.url}: {self.failures.total():,} got no answer ({reasons}{detail})"
@@ -137,7 +140,7 @@ def tell_trouble(responder: object, say: Callable[[str], None]) -> None:
         raise UserError(f"{responder.gone} ({responder.failures.total():,} are without an answer)")
     trouble = responder.trouble()
     if trouble is not None:
-        say(f"{trouble}; the same command asks them again")
+        say(f"{trouble}; the same command asks again")
 
 
 def with_sounds(conversation: list[Message]) -> Messages:

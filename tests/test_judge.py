@@ -184,7 +184,7 @@ def test_one_refused_answer_is_told_and_the_rest_judged(
 ) -> None:
     server.reply = lambda messages: 400 if "A man." in messages[-1]["content"] else strict(messages)
     assert _exit_code(command(folder, server.url, "--tasks", "gender")) == 0
-    assert "1 got no answer (HTTP 400: 1" in capsys.readouterr().err
+    assert "one got no answer (HTTP 400, no, thanks); the same command asks" in capsys.readouterr().err
     gender = read_json(folder / "judged.json")["tasks"]["gender"]
     assert (gender["n"], gender["unanswered"], gender["agreement"]["n"]) == (6, 1, 5)
 

@@ -130,7 +130,7 @@ def test_what_a_server_refuses_is_unanswered_and_asked_again(
     good = server.reply
     server.reply = lambda messages: 400 if said(messages) in ("odd 3?", "even 4?") else good(messages)
     assert _exit_code(command) == 0
-    assert "2 got no answer (HTTP 400: 2; the last one: " in capsys.readouterr().err
+    assert "2 got no answer (HTTP 400: 2; the last one: no, thanks)" in capsys.readouterr().err
     found = read_json(out / "results.json")["gender"]
     assert (found["n"], found["unanswered"], found["accuracy"]) == (6, 2, round(4 / 6, 4))
     rows = [row for _, row in read_jsonl(out / "predictions.jsonl")]
@@ -224,4 +224,4 @@ def test_chat_with_a_server(
     assert capsys.readouterr().out == "A male\n"
     server.reply = lambda messages: 400
     assert _exit_code(["chat", f"openai:{server.url}#m", "odd?"]) == 2
-    assert "1 got no answer (HTTP 400: 1; the last one: " in capsys.readouterr().err
+    assert "one got no answer (HTTP 400, no, thanks)" in capsys.readouterr().err
