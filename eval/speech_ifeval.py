@@ -127,7 +127,9 @@ def score_constraints(instance: Instance, response: str) -> dict[str, Any]:
     """
     rules = [item for item in instance.constraints if item["id"] != "answer"]
     kept = {item["id"]: keeps(item["id"], item["arguments"], response) for item in rules}
-    answer: dict[str, Any] = next((item["arguments"] for item in instance.constraints if item["id"] == "answer"), {})
+    answer: dict[str, Any] = next(
+        (item["arguments"] for item in instance.constraints if item["id"] == "answer"), {}
+    )
     performance = _performance(str(answer.get("metric") or ""), instance, response)
     return {
         "parsed": response or None,
