@@ -29,7 +29,7 @@ SAMPLE_RATE_HZ = 16_000
 def speak(folder: Path, clips: int, questions: int) -> list[Example]:
     """`clips` sounds in `folder` and `questions` Examples about each; the same for the same numbers."""
     import soundfile
-    import soxr
+    import soxr  # type: ignore[import-untyped]
 
     from speech_llm.synthesis import espeak
 
