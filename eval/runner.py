@@ -58,17 +58,17 @@ def evaluate(
                     journal.append({"key": key, "response": text})
                     bar.update()
 
+            # First, as a model that cannot do it says so at once.
+            picked = [place for place, i in enumerate(todo) if chosen[i][1].metric == CHOICE]
+            picks = pick_choices(responder, [chosen[todo[place]][1] for place in picked])
+            for place, pick in zip(picked, picks, strict=True):
+                done(place, pick)
             spoken = [place for place, i in enumerate(todo) if chosen[i][1].metric != CHOICE]
             texts = responder.respond(
                 [chosen[todo[place]][1].messages for place in spoken],
                 lambda number, text: done(spoken[number], text),
             )
             for place, text in zip(spoken, texts, strict=True):
-                done(place, text)
-            picked = [place for place, i in enumerate(todo) if chosen[i][1].metric == CHOICE]
-            for place, text in zip(
-                picked, pick_choices(responder, [chosen[todo[p]][1] for p in picked]), strict=True
-            ):
                 done(place, text)
     return _write_results(chosen, [answers.get(key) for key in keys], tasks, out_dir)
 

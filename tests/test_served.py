@@ -187,6 +187,16 @@ def test_where_there_is_no_server_one_sentence_says_so(
     assert "refused the request for model 'absent' (HTTP 404" in capsys.readouterr().err
 
 
+def test_a_task_that_a_server_cannot_do_is_told_before_anything_is_asked(
+    server: ChatStub, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = f"jsonl:{write_tasks(tmp_path / 't.jsonl', sound, 3)},general:code"
+    command = ["eval", f"openai:{server.url}#m", "--tasks", tasks, "--out", str(tmp_path / "out"), "--quiet"]
+    assert _exit_code(command) == 2
+    assert "(a server gives texts only); leave the task out" in capsys.readouterr().err
+    assert not server.bodies
+
+
 def test_a_sound_that_cannot_be_sent_costs_its_own_instance(
     server: ChatStub, sound: Path, tmp_path: Path
 ) -> None:
