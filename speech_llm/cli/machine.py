@@ -52,7 +52,7 @@ def bench(
         Path | None,
         typer.Option("--json", metavar="FILE", help="write the figures there", show_default=False),
     ] = None,
-    clips: Annotated[int, typer.Option(min=2, help="clips spoken")] = 16,
+    clips: Annotated[int, typer.Option(min=2, help="clips spoken")] = 8,
     questions: Annotated[int, typer.Option(min=1, help="rows about each clip")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="turns of all ways")] = 3,
     only: Annotated[
