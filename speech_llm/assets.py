@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from speech_llm import convert_gguf, convert_whisper
 from speech_llm.errors import UserError, nearest
 from speech_llm.files import explain_os_error, read_json, sha256_file, write_json
@@ -210,12 +212,28 @@ def load_llm(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTrain
     """A causal LLM in evaluation mode (weights in `dtype`, default float32) and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     folder = resolve(reference)
     with _loading(reference):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    absent = sorted(found["missing_keys"])
+    if absent:
+        raise UserError(
+            f"{reference}: {len(absent)} of its weights are not in its files ({', '.join(absent[:3])}); is the download whole?"
+        )
+    if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        model.config, "is_decoder", False
+    ):
+        raise UserError(
+            f"{reference}: a {model.config.model_type} model fills gaps and cannot continue a text; name a causal language model"
         )
     return model.eval(), tokenizer
 
@@ -273,7 +291,7 @@ def _loading(reference: str) -> Iterator[None]:
     transformers_logging.disable_progress_bar()  # one per file of weights, in the midst of our own
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{reference}: cannot be loaded as this kind of model ({reason[:300]})") from error
 

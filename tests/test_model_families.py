@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from tiny_models import ENCODERS, LLM_CONFIGS, tiny_encoder, tiny_llm, tiny_model
+from tiny_models import ENCODERS, LLM_CONFIGS, tiny_encoder, tiny_llm, tiny_model, tiny_tokenizer
+from transformers import BertConfig, BertModel
 
+from speech_llm.assets import load_encoder, load_llm
+from speech_llm.errors import UserError
 from speech_llm.model import SpeechLLMForConditionalGeneration
 
 
@@ -70,3 +74,46 @@ def test_every_llm_family_learns_answers_and_is_saved(llm: str, connector: str, 
 @pytest.mark.parametrize("encoder", [name for name in ENCODERS if name != "whisper"])
 def test_every_encoder_family_is_heard_and_saved(encoder: str, connector: str, tmp_path: Path) -> None:
     check_everything("llama", encoder, connector, tmp_path)
+
+
+def saved_llm(folder: Path) -> Path:
+    tiny_llm().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_llm_loads_and_one_that_lacks_something_is_a_sentence(tmp_path: Path) -> None:
+    loaded, _ = load_llm(str(saved_llm(tmp_path / "whole")))
+    assert all(
+        torch.equal(p, dict(tiny_llm().named_parameters())[name]) for name, p in loaded.named_parameters()
+    )
+    cut = saved_llm(tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    with pytest.raises(UserError, match="cannot be loaded as this kind of model"):
+        load_llm(str(cut.parent))
+    holes = saved_llm(tmp_path / "holes") / "model.safetensors"
+    weights = safetensors.torch.load_file(holes)
+    gone = [name for name in weights if "layers.1." in name]
+    assert gone
+    safetensors.torch.save_file(
+        {name: value for name, value in weights.items() if name not in gone}, holes, metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match=f"{len(gone)} of its weights are not in its files"):
+        load_llm(str(holes.parent))
+    bare = saved_llm(tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_llm(str(bare))
+
+
+def test_models_of_another_kind_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    BertModel(BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path / "bert")  # fmt: skip
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    tiny_encoder("wav2vec2").save_pretrained(tmp_path / "ear")  # type: ignore[operator]
+    for reference in ("bert", "ear"):
+        with pytest.raises(UserError):
+            load_llm(str(tmp_path / reference))
+    with pytest.raises(UserError):
+        load_encoder(str(saved_llm(tmp_path / "llm")))
+    with pytest.raises(UserError):
+        load_encoder(str(tmp_path / "ear"))  # no feature extractor beside it

@@ -42,7 +42,7 @@ def doctor(
 @app.command(
     epilog="""\b
 Examples:
-  speech-llm bench                              # about 5 minutes on 2 cores
+  speech-llm bench                              # about 10 minutes on 2 cores
   speech-llm bench --json speed.json --profile
   speech-llm bench --quick --only ours
   speech-llm bench --llm meta-llama/Llama-3.2-1B-Instruct --encoder openai/whisper-small --clips 64""",
