@@ -38,14 +38,18 @@ def evaluate(
     out_dir: Path,
     limit: int | None = None,
     progress: bool = True,
+    model: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Ask every instance (the first `limit` of each task), score, and write both files under `out_dir`.
+
+    `model`: names the model, so that answers journalled for another one in the same folder are not taken for its own.
 
     An instance without an answer is wrong and counted as `unanswered`; it is asked again the next time.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen = [(task, instance) for task in tasks for instance in task.instances[:limit]]
-    keys = [stable_hash([task.name, instance.id, instance.messages]) for task, instance in chosen]
+    whose = [] if model is None else [model]
+    keys = [stable_hash([*whose, task.name, instance.id, instance.messages]) for task, instance in chosen]
     with JsonlAppender(out_dir / "journal.jsonl") as journal:
         answers = {row["key"]: row["response"] for row in journal.rows}
         todo = [i for i, key in enumerate(keys) if key not in answers]

@@ -215,6 +215,16 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(tmp_path: Path) -> Non
     assert [row["id"] for row in rows] == [f"i{i}" for i in range(8)]
 
 
+def test_another_model_in_the_same_folder_is_asked_itself(tmp_path: Path) -> None:
+    task = Task("gender", "test", [an_instance(i, "male") for i in range(3)])
+    asked: dict[str, list[int]] = {}
+    for name in ("a", "b", "a"):
+        model = Echo()
+        evaluate(model, [task], tmp_path, progress=False, model=name)
+        asked.setdefault(name, []).append(model.asked)
+    assert asked == {"a": [3, 0], "b": [3]}
+
+
 def test_saved_outputs_are_scored_by_id_and_missing_ones_are_wrong(tmp_path: Path) -> None:
     task = Task("gender", "test", [an_instance(i) for i in range(4)])
     write_jsonl(

@@ -15,6 +15,15 @@ from speech_llm.cli.app import ApiKeyEnv, Concurrency, Quiet, Retries, TimeoutS,
 from speech_llm.described_tasks import USE
 
 
+def _identity(model: str) -> str:
+    """A model's name and, of a folder, what its weights are: a model that was trained again is another one."""
+    from speech_llm.files import sha256_file
+
+    folder = Path(model)
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return " ".join([model, *(sha256_file(file) for file in weights)])
+
+
 class Adapters(str, Enum):
     """Whether the LLM's adapters act while the harness drives it."""
 
@@ -145,7 +154,11 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         server=ServerSettings(api_key_env, concurrency, retries, timeout_s),
     )
-    results = evaluate_tasks(responder, loaded, out, limit=limit, progress=not quiet) if loaded else {}
+    results = {}
+    if loaded:
+        results = evaluate_tasks(
+            responder, loaded, out, limit=limit, progress=not quiet, model=_identity(model)
+        )
     if harness:
         from eval.harness import run_harness
         from speech_llm.files import write_json
