@@ -1,4 +1,4 @@
-# make demo   train a speech LLM on real models and open its report (11 to 13 minutes on 2 cores, install included)
+# make demo   train a speech LLM on real models and open its report (7 to 13 minutes on 2 cores, install included)
 # make test   all tests
 # make lint   style, format and types
 # PYTHON=python3.12 make ... chooses the interpreter of the environment.
