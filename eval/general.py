@@ -1,6 +1,6 @@
 """Does it still know what it knew? Small sets of choices about text: knowledge, reasoning, arithmetic, code, tool calls, translation.
 
-In: `sets/general/NAME.yaml`, tasks in the form of lm-evaluation-harness, so that it can run them too (`eval.lm_eval`). Out: items
+In: `sets/general/NAME.yaml`, tasks in the form of lm-evaluation-harness, so that it can run them too (`eval.harness`). Out: items
 that anything can answer that tells how likely it finds a text (`Chooser`). An answer is the choice with the largest
 log-likelihood, as the harness counts `acc`; chance is a quarter.
 """
@@ -18,7 +18,7 @@ import yaml
 from eval.stats import Rate, rate
 from eval.tasks import Instance, Task
 from speech_llm.errors import UserError, nearest
-from speech_llm.examples import Message
+from speech_llm.examples import Message, user_turn
 from speech_llm.files import read_jsonl
 
 FOLDER = Path(__file__).parent / "sets" / "general"
@@ -132,14 +132,15 @@ def pick_choices(model: Any, instances: Sequence[Instance]) -> list[str]:
 
 def probe(chooser: Chooser, names: Sequence[str] | None = None, limit: int | None = None) -> dict[str, Rate]:
     """`{NAME: rate}`: the share of right answers of each set (of its first `limit` items)."""
-    series: dict[str, Rate] = {}
-    for found in load_sets(names):
-        items = found.items[:limit]
-        told = chooser.choose([item.context for item in items], [item.continuations for item in items])
-        series[found.name] = rate(
-            sum(pick(t) == item.answer for item, t in zip(items, told, strict=True)), len(items)
+    return {
+        found.name: _share_right(
+            chooser,
+            found.items[:limit],
+            [item.context for item in found.items[:limit]],
+            [item.continuations for item in found.items[:limit]],
         )
-    return series
+        for found in load_sets(names)
+    }
 
 
 def probe_with_sound(
@@ -152,16 +153,25 @@ def probe_with_sound(
 
     With no `sounds` the conversations hold none: what to compare with.
     """
-    series: dict[str, Rate] = {}
-    for found in load_sets(names):
-        items = found.items[:limit]
-        conversations: list[str | list[Message]] = []
-        for number, item in enumerate(items):
-            parts = [{"type": "audio", **sounds[number % len(sounds)]}] if sounds else []
-            content = [*parts, {"type": "text", "text": item.context}]
-            conversations.append([{"role": "user", "content": content if parts else item.context}])
-        told = chooser.choose(conversations, [list(item.choices) for item in items])
-        series[found.name] = rate(
-            sum(pick(t) == item.answer for item, t in zip(items, told, strict=True)), len(items)
+    return {
+        found.name: _share_right(
+            chooser,
+            found.items[:limit],
+            [
+                [user_turn(item.context, dict(sounds[number % len(sounds)]) if sounds else None)]
+                for number, item in enumerate(found.items[:limit])
+            ],
+            [item.choices for item in found.items[:limit]],
         )
-    return series
+        for found in load_sets(names)
+    }
+
+
+def _share_right(
+    chooser: Chooser,
+    items: Sequence[Item],
+    contexts: Sequence[str | list[Message]],
+    choices: Sequence[Sequence[str]],
+) -> Rate:
+    told = chooser.choose(contexts, choices)
+    return rate(sum(pick(t) == item.answer for item, t in zip(items, told, strict=True)), len(items))

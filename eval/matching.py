@@ -146,6 +146,16 @@ def spoken_words(answer: str) -> str:
     return (told.group(1) if told else text).strip()
 
 
+def word_errors(reference: str, said: str) -> int:
+    """Substitutions, deletions and insertions of blank-separated units (jiwer); of nothing said, all of the reference's."""
+    if not reference or not said:
+        return len(reference.split()) + len(said.split())
+    import jiwer
+
+    found = jiwer.process_words(reference, said)
+    return int(found.substitutions + found.deletions + found.insertions)
+
+
 @functools.lru_cache(maxsize=1)
 def _normaliser() -> Any:
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from eval.general import CHOICE
-from eval.matching import match_option, normalise_text, spoken_words
+from eval.matching import match_option, normalise_text, spoken_words, word_errors
 from eval.numbers import read_number
 from eval.safety import IDENTITY, REFUSAL, verdict
 from eval.speech_ifeval import IFEVAL, score_constraints, summarise_constraints
@@ -78,10 +78,7 @@ def _error_rate(instance: Instance, response: str) -> dict[str, Any]:
         return {"parsed": None, "score": float(bool(said)), "errors": len(said.split()), "words": 0}
     if not said:
         return {"parsed": None, "score": 1.0, "errors": count, "words": count}
-    import jiwer
-
-    measured = jiwer.process_words(reference, said)
-    errors = measured.substitutions + measured.deletions + measured.insertions
+    errors = word_errors(reference, said)
     return {"parsed": said, "score": errors / count, "errors": errors, "words": count}
 
 

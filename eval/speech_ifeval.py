@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.ifeval_rules import GROUPS, RULES, keeps
-from eval.matching import match_option, normalise_text, spoken_words
+from eval.matching import match_option, normalise_text, spoken_words, word_errors
 from eval.stats import bootstrap_ratio, rate, wilson_interval
 from eval.tasks import Instance, Task
 from speech_llm.errors import UserError
@@ -145,17 +145,9 @@ def _performance(metric: str, instance: Instance, response: str) -> dict[str, An
     if not instance.label:
         return {}
     if metric == "wer":
-        import jiwer
-
         reference, said = normalise_text(instance.label), normalise_text(spoken_words(response))
         words = len(reference.split())
-        if not words or not said:
-            return {"answer_errors": words, "answer_words": words}
-        found = jiwer.process_words(reference, said)
-        return {
-            "answer_errors": found.substitutions + found.deletions + found.insertions,
-            "answer_words": words,
-        }
+        return {"answer_errors": word_errors(reference, said) if words else 0, "answer_words": words}
     if metric in ("accuracy", "acc"):
         options = [*(instance.options or [instance.label]), "\0"]
         named = match_option(response.casefold(), [option.casefold() for option in options]).value

@@ -93,17 +93,10 @@ def choose_in_chat(
     student = Student(model, processor, features, run_prefix(model.llm, data.prefix), len(data.prefix))
     found: dict[str, float] = {}
     with torch.no_grad():
-        for has_sound in (True, False):
-            order = sorted(
-                (p for p in data.packs if bool(p.clips) == has_sound), key=lambda pack: -len(pack.ids)
-            )
-            while order:
-                count = max(1, BATCH_TOKENS // max(1, len(order[0].ids)))
-                chosen, order = order[:count], order[count:]
-                batch = student.batch(chosen)
-                each = student.token_log_probs(batch)
-                parts = each.split([data.rows[row].answer_tokens for row in batch.rows])
-                found.update((row, float(part.sum())) for row, part in zip(batch.rows, parts, strict=True))
+        for batch in student.batches(data.packs, BATCH_TOKENS):
+            each = student.token_log_probs(batch)
+            parts = each.split([data.rows[row].answer_tokens for row in batch.rows])
+            found.update((row, float(part.sum())) for row, part in zip(batch.rows, parts, strict=True))
     return by_context([found[example.id] for example in examples], choices)
 
 

@@ -22,7 +22,7 @@ from speech_llm.examples import user_turn
 from speech_llm.files import read_json, read_jsonl, write_json
 from speech_llm.probes import make_probes, read_probes
 from speech_llm.targets.prompts import PoolPrompt, load_pool
-from speech_llm.targets.questions import Questioner, needs, read_described
+from speech_llm.targets.questions import Questioner, needs, read_described, run_questioner
 from speech_llm.targets.verify import closed_options, options_synonyms
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def build_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
     pool = load_pool(recipe.resolve_path(recipe.eval.prompts))
     asked = asked_in_training(recipe)
     pool = [replace(prompt, seen=prompt.seen and prompt.text in asked) for prompt in pool]
-    questioner = _questioner(recipe, run_dir)
+    questioner = run_questioner(recipe, run_dir, worked_example=True)
     train = questioner.clips
     tasks = []
     for split in test_splits(run_dir):
@@ -106,11 +106,6 @@ def _label_rows(manifest: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _questioner(recipe: Recipe, run_dir: Path) -> Questioner:
-    train = read_described(run_dir / "describe" / "train.jsonl")
-    return Questioner(train, recipe.describe.form, True, recipe.seed, recipe.describe.telling(dropout=False))
-
-
 def _asked(
     pool: Sequence[PoolPrompt], name: str, number: int, attributes: dict[str, Any], per_clip: int | None
 ) -> list[PoolPrompt]:
@@ -159,13 +154,13 @@ def _at_strengths(
 
     settings = recipe.eval
     responder = load_speech_model(run_dir / "model", settings.max_new_tokens, settings.batch_tokens)
+    probes = make_probes(recipe, run_dir, progress)
     found = []
     for scale in settings.lora_scales:
         responder.model.set_lora_scale(scale)
         name = f"speech_llm@{scale:g}"
         limit = settings.limits.get("speech_llm", settings.limit)
         results[name] = evaluate(responder, tasks, run_dir / "eval" / name, limit=limit, progress=progress)
-        probes = make_probes(recipe, run_dir, progress)
         told = {} if probes is None else probes.at_strength(responder, scale)
         found.append({"scale": scale, **told})
     return found

@@ -302,7 +302,6 @@ def load_responder(
     model: str,
     max_new_tokens: int = 128,
     batch_tokens: int = 4096,
-    lora_scale: float | None = None,
     server: ServerSettings | None = None,
 ) -> Responder:
     """The responder for a model's name as the command line takes it; see the head of this file. `server`: how one is asked."""
@@ -325,7 +324,7 @@ def load_responder(
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
         )
-    return load_speech_model(model, max_new_tokens, batch_tokens, lora_scale=lora_scale)
+    return load_speech_model(model, max_new_tokens, batch_tokens)
 
 
 def load_speech_model(
@@ -333,9 +332,8 @@ def load_speech_model(
     max_new_tokens: int = 128,
     batch_tokens: int = 4096,
     dtype: torch.dtype | None = None,
-    lora_scale: float | None = None,
 ) -> SpeechResponder:
-    """A trained checkpoint as a responder; `lora_scale` is a factor on what the LLM's adapters add (null: as trained)."""
+    """A trained checkpoint as a responder."""
     from speech_llm.assets import cache_dir, resolve
     from speech_llm.model import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
     from speech_llm.precision import choose_dtype
@@ -347,8 +345,6 @@ def load_speech_model(
     )
     processor = SpeechLLMProcessor.from_pretrained(folder)
     model.to(device).eval()
-    if lora_scale is not None:
-        model.set_lora_scale(lora_scale)
     # The features are kept as they were in training, under the bound that the user set there.
     training = folder / "training.json"
     cache = read_json(training).get("cache", {}) if training.exists() else {}

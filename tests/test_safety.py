@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import soundfile
+from answering import Says
 
 import speech_llm.mixture
 from eval.runner import evaluate
@@ -174,21 +175,6 @@ def test_files_that_users_have(tmp_path: Path) -> None:
         read_requests(tmp_path / "none.csv")
     with pytest.raises(UserError, match="no such file"):
         load_tasks(f"safety:{tmp_path / 'absent.csv'}")
-
-
-class Says:
-    """Says the same to everything."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.asked: list[Any] = []
-
-    def respond(self, conversations: Any, on_answer: Any = None) -> list[str]:
-        self.asked += conversations
-        for place in range(len(conversations)):
-            if on_answer is not None:
-                on_answer(place, self.text)
-        return [self.text] * len(conversations)
 
 
 def test_refusing_everything_is_good_and_bad(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answering import Says
 from learning import tones
 from typer.testing import CliRunner
 
@@ -132,16 +133,6 @@ def files(tmp_path: Path) -> Path:
     )
     write_jsonl(root / "chain-of-thought.jsonl", [{**row, "id": 7, "instruction": "Think.", "metric": "cot"}])
     return root
-
-
-class Says:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.asked: list[Any] = []
-
-    def respond(self, conversations: Any, on_answer: Any = None) -> list[str]:
-        self.asked += conversations
-        return [self.text] * len(conversations)
 
 
 def test_the_benchmarks_files(files: Path, tmp_path: Path) -> None:

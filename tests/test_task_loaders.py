@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+from answering import Says
 from learning import tones
 from typer.testing import CliRunner
 
@@ -197,14 +198,6 @@ def test_rows_of_desta(tmp_path: Path) -> None:
     assert len(task.rejects) == 3
     with pytest.raises(UserError, match="no such file"):
         load_tasks(f"desta:{tmp_path / 'absent.jsonl'}")
-
-
-class Says:
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def respond(self, conversations: Any, on_answer: Any = None) -> list[str]:
-        return [self.text] * len(conversations)
 
 
 def test_evaluated_scored_and_compared(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,13 @@ from speech_llm.chat_server import ServerSettings
 from speech_llm.cli.app import ApiKeyEnv, Concurrency, Quiet, Retries, TimeoutS, app, names_of
 from speech_llm.described_tasks import USE
 
+Results = Annotated[
+    Path,
+    typer.Option(
+        "--out", metavar="DIR", help="folder for predictions.jsonl and results.json", show_default=False
+    ),
+]
+
 
 def _identity(model: str) -> str:
     """A model's name and, of a folder, what its weights are: a model that was trained again is another one."""
@@ -80,12 +87,7 @@ def evaluate(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="folder for predictions.jsonl and results.json", show_default=False
-        ),
-    ],
+    out: Results,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -180,17 +182,16 @@ A line of answers: {"id": "1", "response": "The speaker is female."}""",
 def score(
     task: Annotated[
         str,
-        typer.Argument(metavar="TASK", help="the task the answers belong to: jsonl:FILE", show_default=False),
+        typer.Argument(
+            metavar="TASK",
+            help="the task the answers belong to: jsonl:FILE or another form that `eval` takes",
+            show_default=False,
+        ),
     ],
     responses: Annotated[
         Path, typer.Argument(metavar="RESPONSES.jsonl", help="saved answers of any model", show_default=False)
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="folder for predictions.jsonl and results.json", show_default=False
-        ),
-    ],
+    out: Results,
 ) -> None:
     """Score saved answers of any model."""
     from eval.runner import score_responses

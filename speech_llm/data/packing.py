@@ -11,7 +11,7 @@ whatever they begin with alike (often nothing). Logits equal the unpacked ones.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -196,6 +196,15 @@ def collate(packs: list[Pack], prefix_length: int, pad_id: int) -> PackBatch:
         row_of=(before + branch - 1)[targets != IGNORE],
         padding_share=1 - used / ids.numel(),
     )
+
+
+def longest_first(packs: Sequence[Pack], batch_tokens: int) -> Iterator[list[int]]:
+    """Batches of pack numbers, the longest packs first, each of no more tokens than `batch_tokens` where it holds several."""
+    order = sorted(range(len(packs)), key=lambda i: -len(packs[i].ids))
+    while order:
+        count = max(1, batch_tokens // max(1, len(packs[order[0]].ids)))
+        yield order[:count]
+        order = order[count:]
 
 
 def plan_epoch(packs: list[Pack], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:

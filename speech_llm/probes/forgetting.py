@@ -28,7 +28,7 @@ from speech_llm.generation import answer_chats
 from speech_llm.kv_cache import run_prefix
 from speech_llm.probes.form import TEXT, Now, Series
 from speech_llm.targets.prompts import PoolPrompt
-from speech_llm.targets.questions import Questioner, asked_first, read_described
+from speech_llm.targets.questions import asked_first, read_described, run_questioner
 from speech_llm.targets.score import AnswerScores
 from speech_llm.training.losses import kl_top_k
 from speech_llm.training.objectives import score_teacher
@@ -49,7 +49,7 @@ class ForgettingProbe:
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         self.recipe, self.settings = recipe, recipe.eval.forgetting_probe
-        self.described = run_dir / "describe"
+        self.run_dir = run_dir
         self._data: TrainingSet | None = None
         self._base: dict[str, AnswerScores] = {}
 
@@ -104,20 +104,15 @@ class ForgettingProbe:
             now.model, now.processor, now.features, run_prefix(now.model.llm, data.prefix), len(data.prefix)
         )
         found: dict[str, float] = {}
-        for has_sound in (True, False):
-            order = sorted((p for p in packs if bool(p.clips) == has_sound), key=lambda pack: -len(pack.ids))
-            while order:
-                count = max(1, MAX_TOKENS // max(1, len(order[0].ids)))
-                chosen, order = order[:count], order[count:]
-                batch = student.batch(chosen)
-                logits, _ = student.answer_logits(batch)
-                told = [scores[row] for row in batch.rows]
-                ids = torch.cat([score.top_ids for score in told if score.top_ids is not None])
-                values = torch.cat([s.top_log_probs for s in told if s.top_log_probs is not None])
-                each = kl_top_k(logits, ids.to(logits.device), values.to(logits.device)).cpu()
-                sizes = [len(score.ids) for score in told]
-                for row, part in zip(batch.rows, each.split(sizes), strict=True):
-                    found[row] = max(0.0, float(part.sum()))
+        for batch in student.batches(packs, MAX_TOKENS):
+            logits, _ = student.answer_logits(batch)
+            told = [scores[row] for row in batch.rows]
+            ids = torch.cat([score.top_ids for score in told if score.top_ids is not None])
+            values = torch.cat([s.top_log_probs for s in told if s.top_log_probs is not None])
+            each = kl_top_k(logits, ids.to(logits.device), values.to(logits.device)).cpu()
+            sizes = [len(score.ids) for score in told]
+            for row, part in zip(batch.rows, each.split(sizes), strict=True):
+                found[row] = max(0.0, float(part.sum()))
         return found
 
     def _load(self, now: Now) -> tuple[TrainingSet, dict[str, AnswerScores]]:
@@ -145,11 +140,8 @@ class ForgettingProbe:
     def _spoken(self) -> list[Example]:
         """Held-out clips, by chance but always the same, with what the base LLM reads in their place."""
         recipe = self.recipe
-        clips = {clip["id"]: clip for clip in read_described(self.described / "test.jsonl")}
-        train = read_described(self.described / "train.jsonl")
-        questioner = Questioner(
-            train, recipe.describe.form, False, recipe.seed, recipe.describe.telling(dropout=False)
-        )
+        clips = {clip["id"]: clip for clip in read_described(self.run_dir / "describe" / "test.jsonl")}
+        questioner = run_questioner(recipe, self.run_dir, worked_example=False)
         prompt = PoolPrompt("heard", HEARD, ())
         out = []
         for clip_id in asked_first(list(clips), recipe.seed)[: self.settings.limit]:

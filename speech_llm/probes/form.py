@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from eval.stats import Rate
+
+if TYPE_CHECKING:
+    from speech_llm.responders import SpeechResponder
 
 Series = dict[str, Rate]
 # Series whose names begin so are asked without sound.
@@ -35,6 +38,12 @@ class Now:
     def label(self) -> str:
         """The place in the training as part of a file's name."""
         return "base" if self.epoch is None else f"{self.name}{self.epoch:g}"
+
+    def responder(self, max_new_tokens: int = 1) -> SpeechResponder:
+        """The model as something that answers and chooses."""
+        from speech_llm.responders import SpeechResponder
+
+        return SpeechResponder(self.model, self.processor, self.features, max_new_tokens, self.batch_tokens)
 
 
 class Probe(Protocol):

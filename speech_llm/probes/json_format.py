@@ -18,7 +18,7 @@ from speech_llm.examples import Message, user_turn
 from speech_llm.files import write_jsonl
 from speech_llm.probes.form import TEXT, Now, Series
 from speech_llm.targets.prompts import PoolPrompt
-from speech_llm.targets.questions import Questioner, read_described
+from speech_llm.targets.questions import Questioner, read_described, run_questioner
 from speech_llm.targets.verify import closed_options, options_synonyms
 
 if TYPE_CHECKING:
@@ -65,11 +65,8 @@ class JsonProbe:
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         self.settings = recipe.eval.json_probe
         clips = read_described(run_dir / "describe" / "test.jsonl")
-        train = read_described(run_dir / "describe" / "train.jsonl")
-        questioner = Questioner(
-            train, recipe.describe.form, False, recipe.seed, recipe.describe.telling(dropout=False)
-        )
-        options = closed_options([clip["attributes"] for clip in [*train, *clips]])
+        questioner = run_questioner(recipe, run_dir, worked_example=False)
+        options = closed_options([clip["attributes"] for clip in [*questioner.clips, *clips]])
         self.names = [name for name in self.settings.attributes if name in options]
         self.items = self._items(clips, questioner, options, [PLAIN], self.settings.limit)
         if self.items:
@@ -126,12 +123,7 @@ class JsonProbe:
         return self._measure(now, TEXT, [item.written() for item in self.items])
 
     def _measure(self, now: Now, name: str, conversations: list[list[Message]]) -> Series:
-        from speech_llm.responders import SpeechResponder
-
-        responder = SpeechResponder(
-            now.model, now.processor, now.features, self.settings.max_new_tokens, now.batch_tokens
-        )
-        answers = responder.respond(conversations)
+        answers = now.responder(self.settings.max_new_tokens).respond(conversations)
         scores = [item.score(str(answer)) for item, answer in zip(self.items, answers, strict=True)]
         write_jsonl(
             now.folder / f"json-{now.label}-{name}.jsonl",

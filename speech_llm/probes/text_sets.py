@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 SOUNDS = 8
 
 
-def responder(now: Now, max_new_tokens: int = 1) -> Any:
-    """The model as it is, as something that answers and chooses."""
-    from speech_llm.responders import SpeechResponder
-
-    return SpeechResponder(now.model, now.processor, now.features, max_new_tokens, now.batch_tokens)
-
-
 class GeneralProbe:
     name = "general"
 
@@ -45,14 +38,14 @@ class GeneralProbe:
         series = dict(base) if now.text_is_base else self._text(now)
         if self.settings.with_sound and self.sounds:
             found = general.probe_with_sound(
-                responder(now), self.sounds, self.settings.sets, self.settings.limit
+                now.responder(), self.sounds, self.settings.sets, self.settings.limit
             )
             series |= {f"audio {name}": value for name, value in found.items()}
         return series
 
     def _text(self, now: Now) -> Series:
         """As plain text, and (to compare with what is asked beside a sound) in a conversation without one."""
-        model = responder(now)
+        model = now.responder()
         found = general.probe(model, self.settings.sets, self.settings.limit)
         series = {f"{TEXT} {name}": value for name, value in found.items()}
         if self.settings.with_sound:
@@ -77,5 +70,5 @@ class SafetyProbe:
         return series | (self._ask(now, cache_dir() / "spoken") if self.settings.spoken else {})
 
     def _ask(self, now: Now, spoken: Path | None) -> Series:
-        model = responder(now, self.settings.max_new_tokens)
+        model = now.responder(self.settings.max_new_tokens)
         return safety.probe(model.respond, self.settings.limit, spoken)

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from describers.compose import compose
 from speech_llm.files import read_jsonl
 from speech_llm.targets.prompts import PoolPrompt
+
+if TYPE_CHECKING:
+    from speech_llm.recipe import Recipe
 
 EXAMPLES_PER_PROMPT = 4
 
@@ -126,6 +129,13 @@ class Questioner:
                 used.update((name, str(best["attributes"][name])) for name in choices)
             self._examples[prompt.id] = chosen
         return self._examples[prompt.id]
+
+
+def run_questioner(recipe: Recipe, run_dir: Path, worked_example: bool) -> Questioner:
+    """What is asked about the test clips of a run: described by its recipe, leaving nothing out; examples are training clips."""
+    train = read_described(run_dir / "describe" / "train.jsonl")
+    telling = recipe.describe.telling(dropout=False)
+    return Questioner(train, recipe.describe.form, worked_example, recipe.seed, telling)
 
 
 def read_described(path: Path) -> list[dict[str, Any]]:

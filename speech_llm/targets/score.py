@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from speech_llm.data.packing import IGNORE, Row, collate, constant_prefix, pack_group
+from speech_llm.data.packing import IGNORE, Row, collate, constant_prefix, longest_first, pack_group
 from speech_llm.generation import group_prompts
 from speech_llm.kv_cache import expanded, run_prefix
 from speech_llm.model.configuration import SpeechLLMConfig
@@ -136,10 +136,7 @@ def _run(llm: Any, rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[lis
     else:  # the LLM's own mask knows how far each of its layers sees
         groups = [[number] for number in range(len(rows))]
     packs = [pack_group([rows[i] for i in members], start) for members in groups]
-    order = sorted(range(len(packs)), key=lambda i: -len(packs[i].ids))
-    while order:
-        count = max(1, batch_tokens // max(1, len(packs[order[0]].ids)))
-        chosen, order = order[:count], order[count:]
+    for chosen in longest_first(packs, batch_tokens):
         batch = collate([packs[i] for i in chosen], start, 0)
         wanted = (batch.targets != IGNORE).to(device)
         if packable:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from speech_llm.data.features import FeatureStore
-from speech_llm.data.packing import IGNORE, Pack, PackBatch, collate
+from speech_llm.data.packing import IGNORE, Pack, PackBatch, collate, longest_first
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write
 from speech_llm.kv_cache import Prefix, expanded
@@ -48,6 +48,13 @@ class Student:
 
     def batch(self, packs: Sequence[Pack]) -> PackBatch:
         return collate(list(packs), self.prefix_length, self.processor.pad_token_id)
+
+    def batches(self, packs: Sequence[Pack], batch_tokens: int) -> Iterator[PackBatch]:
+        """Packs as batches for a look without gradients: those with sound, then those without, the longest first."""
+        for has_sound in (True, False):
+            chosen = [pack for pack in packs if bool(pack.clips) == has_sound]
+            for numbers in longest_first(chosen, batch_tokens):
+                yield self.batch([chosen[i] for i in numbers])
 
     def vectors(self, clips: Sequence[str]) -> Tensor | None:
         """The connector's vectors (total, llm_width) of clips one after the other; None without clips."""
