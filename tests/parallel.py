@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,26 @@ from accelerate import PartialState
 from learning import tiny_recipe
 
 from speech_llm.training.loop import train
+
+COPIES = ("--multi_gpu",)
+SHARDS = ("--use_fsdp", "--fsdp_version", "2")
+
+
+def launch(folder: Path, name: str, options: Sequence[str], *overrides: str) -> None:
+    """`main` in two new processes of `accelerate launch`; a forked one would share the threads that its parent no longer has."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    plain = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *plain]
+    command += ["--main_process_port", "0", str(here / "parallel.py"), str(folder), name, *overrides]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def main(folder: Path, name: str, *overrides: str) -> None:

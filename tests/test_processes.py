@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,6 @@ from speech_llm.examples import write_examples
 from speech_llm.files import read_jsonl
 from speech_llm.training.log import MEASURED
 from speech_llm.training.processes import Processes
-
-HERE = Path(__file__).parent
-LAUNCHED = {"copies": ["--multi_gpu"], "shards": ["--use_fsdp", "--fsdp_version", "2"]}
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def launch(folder: Path, name: str, options: list[str]) -> None:
-    """`accelerate launch` with two processes."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    plain = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *options,
-            *plain,
-            "--main_process_port",
-            "0",
-            str(HERE / "parallel.py"),
-            str(folder),
-            name,
-        ],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     rows = [row for _, row in read_jsonl(folder / name / "train" / "log.jsonl")]
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
@@ -79,7 +49,7 @@ def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_two_copies_do_what_one_process_does_bit_for_bit(folder: Path) -> None:
-    launch(folder, "copies", LAUNCHED["copies"])
+    parallel.launch(folder, "copies", parallel.COPIES)
     assert len({row["answer_tokens"] for row in rows_of(folder, "one")}) > 1  # answers are uneven
     # The divergence is measured at each process's first batch, so of more batches than in one process.
     divergence = "kl_base"
@@ -91,7 +61,7 @@ def test_two_copies_do_what_one_process_does_bit_for_bit(folder: Path) -> None:
 
 
 def test_two_shards_do_what_one_process_does(folder: Path) -> None:
-    launch(folder, "shards", LAUNCHED["shards"])
+    parallel.launch(folder, "shards", parallel.SHARDS)
     expected, found = rows_of(folder, "one"), rows_of(folder, "shards")
     assert len(found) == len(expected) == 6
     for one, two in zip(expected, found, strict=True):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
-import socket
 import tarfile
 import time
 import tracemalloc
@@ -14,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import parallel
 import pytest
 import safetensors.torch
 import torch
 from learning import asked_tones, tiny_recipe
 from tiny_models import tiny_model
 
+import speech_llm.model
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.shards import JsonlRows, StreamedRows, example_of, open_files, shard_files
 from speech_llm.data.stream import Place, RowPool, Stream, open_stream
@@ -263,13 +263,16 @@ def data(tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatc
     return tmp_path
 
 
-def streaming_recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *overrides: str) -> Recipe:
-    places = [
+def places(data: Path) -> list[dict[str, Any]]:
+    return [
         {"path": str(data / "shards" / "jsonl")},
         {"path": str(data / "shards" / "parquet" / "*.parquet"), "columns": COLUMNS},
         {"path": str(data / "shards" / "tar")},
     ]
-    return tiny_recipe(monkeypatch, data, *STREAM, f"data.rows={json.dumps(places)}", *overrides)
+
+
+def streaming_recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *overrides: str) -> Recipe:
+    return tiny_recipe(monkeypatch, data, *STREAM, f"data.rows={json.dumps(places(data))}", *overrides)
 
 
 def run(recipe: Recipe, data: Path, out: Path, probe: Any = None) -> dict[str, Any]:
@@ -368,44 +371,21 @@ def test_processes_plan_the_same_steps_and_share_their_batches(
 def test_two_processes_stream_what_one_does(
     monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
 ) -> None:
-    from accelerate.state import AcceleratorState
-
-    torch.set_num_threads(1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # processes are forked, and speak by gloo
-    recipe = streaming_recipe(monkeypatch, data, "optimizer.batch_tokens=128", "optimizer.max_steps=4")
-    run(recipe, data, tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            try:
-                AcceleratorState._reset_state(True)
-                os.environ |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                }  # fmt: skip
-                run(recipe, data, tmp_path / "two")
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
-        os.setpgid(child, children[0])  # so that whichever ends first is waited for
-    ended = [os.waitstatus_to_exitcode(os.waitpid(-children[0], 0)[1])]
-    if ended[0]:  # the other would wait for it
-        os.killpg(children[0], signal.SIGKILL)
-    ended.append(os.waitstatus_to_exitcode(os.waitpid(-children[0], 0)[1]))
-    assert ended == [0, 0]
-    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    overrides = [*STREAM, f"data.rows={json.dumps(places(data))}", "optimizer.epochs=4"]
+    with monkeypatch.context() as patch:  # what it sets is unset
+        patch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        patch.setattr(speech_llm.model, "build_model", speech_llm.model.build_model)
+        patch.setenv("SPEECH_LLM_CACHE", "")
+        parallel.main(data, "one", *overrides)
+    parallel.launch(data, "two", parallel.COPIES, *overrides)
+    one, two = trained(data / "one"), trained(data / "two")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
     logs = [
-        [row["loss"] for _, row in read_jsonl(tmp_path / name / "train" / "log.jsonl") if "loss" in row]
+        [row["loss"] for _, row in read_jsonl(data / name / "train" / "log.jsonl") if "loss" in row]
         for name in ("one", "two")
     ]
-    assert len(logs[0]) == 4
+    assert len(logs[0]) == 6
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
