@@ -507,9 +507,9 @@ def run_stage(
         spent_s = round(spent_s + time.perf_counter() - started, 2)
         with contextlib.suppress(UserError):  # a full disk has its own message
             write_json(marker, {"stage": stage.name, "key": key, "seconds": spent_s})
-    files = [
-        path for path in sorted(folder.iterdir()) if path.is_file() and path not in (marker, manifest_path)
-    ]
+    # Names with a dot in front are what a kill left of files half written.
+    made = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    files = [path for path in made if path not in (marker, manifest_path)]
     manifest = {
         "stage": stage.name,
         "version": stage.version,

@@ -2,98 +2,41 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-import yaml
-from learning import OPTIMIZER, tones
-from tiny_models import tiny_encoder, tiny_feature_extractor, tiny_llm, tiny_tokenizer
+from learning import saved_recipe
+from parallel import COPIES, SHARDS, accelerate_launch
 
 import speech_llm.launch
-from speech_llm.files import read_json, read_jsonl, write_jsonl
+from speech_llm.files import read_json, read_jsonl
 from speech_llm.launch import Launch, OtherFailed, launched
 from speech_llm.pipeline import run_stages
 from speech_llm.recipe import load_recipe
 from speech_llm.training.log import MEASURED
 
-HERE = Path(__file__).parent
-COPIES, SHARDS = ["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]
 # One process has the same global batch when it accumulates twice as much.
 ALONE = ["optimizer.accumulate=2"]
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of two phases on saved tiny models, with clips of its own and people's answers."""
-    folder: Path = tmp_path_factory.mktemp("launch")
-    tiny_llm().save_pretrained(folder / "llm")
-    tiny_tokenizer().save_pretrained(folder / "llm")
-    tiny_encoder("wav2vec2").save_pretrained(folder / "encoder")  # type: ignore[operator]
-    tiny_feature_extractor("wav2vec2").save_pretrained(folder / "encoder")
-    clips = [
-        {"id": path.stem, "audio": str(path), "gender": gender, "split": "train" if number < 8 else "test"}
-        for number, (path, gender) in enumerate(tones(folder / "clips", 12))
-    ]
-    write_jsonl(folder / "clips.jsonl", clips)
-    prompts = [
-        {"id": "who", "text": "Who?", "asks": ["gender"], "example": "It is a {gender} speaker."},
-        {"id": "man", "text": "A man?", "asks": ["gender"], "example": "{gender}"},
-    ]
-    (folder / "pool.yaml").write_text(yaml.safe_dump({"prompts": prompts}))
-    recipe = {
-        "name": "launched",
-        "model": {
-            "llm": str(folder / "llm"),
-            "encoder": str(folder / "encoder"),
-            "connector": {"type": "qformer", "queries": 3, "layers": 1, "heads": 2},
-            "use_transcript": False,
-            "gate_adapters": False,
-        },
-        "data": {"manifests": ["clips.jsonl"], "train": {"split": "train"}, "test": {"split": "test"}},
-        "describe": {"use": ["duration", "labels"], "labels": {"gender": "gender"}},
-        "targets": {"strategy": "given", "prompts": "pool.yaml", "prompts_per_clip": 2},
-        "trainable": {"lora": {"rank": 2, "dropout": 0.2}},
-        "optimizer": {**OPTIMIZER, "epochs": 2, "batch_tokens": 256, "align_epochs": 2},
-        "eval": {
-            "attributes": ["gender"], "transcript": False, "prompts": "pool.yaml", "models": ["speech_llm"],
-            "probes": ["json"], "json_probe": {"limit": 2, "attributes": ["gender"], "max_new_tokens": 4}, "max_new_tokens": 4,
-        },
-        "phases": [{"name": "first"}, {"name": "second", "optimizer": {"lr": 0.002}}],
-    }  # fmt: skip
-    path = folder / "launched.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
+    return saved_recipe(tmp_path_factory.mktemp("launch"))
 
 
-def launch(options: list[str], verb: str, recipe: Path, out: Path, *overrides: str) -> Any:
+def launch(options: Sequence[str], verb: str, recipe: Path, out: Path, *overrides: str) -> Any:
     """`accelerate launch` of the command line with two processes."""
-    plain = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     changed = [word for override in overrides for word in ("--set", override)]
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", *options, *plain),
-            *("--main_process_port", "0", "-m", "speech_llm", verb, str(recipe)),
-            *("--out", str(out), "--quiet", *changed),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "SPEECH_LLM_CACHE": str(out.parent / "cache"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
+    command = ["-m", "speech_llm", verb, str(recipe), "--out", str(out), "--quiet", *changed]
+    return accelerate_launch(
+        options, *command, CUDA_VISIBLE_DEVICES="", SPEECH_LLM_CACHE=str(out.parent / "cache")
     )
 
 
