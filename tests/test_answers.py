@@ -68,7 +68,7 @@ def test_an_llm_that_changes_its_logits_in_its_own_way_is_not_chunked(
     monkeypatch.setattr(student.model.llm.config.get_text_config(), "final_logit_softcapping", 0.01)
     real = rooms.projection
     monkeypatch.setattr(
-        "speech_llm.training.student.projection", lambda llm: lambda states: 2 * real(llm)(states)
+        "speech_llm.training.answers.projection", lambda llm: lambda states: 2 * real(llm)(states)
     )
     assert student.answers(student.batch(data.packs)).project is None
 

@@ -11,6 +11,7 @@ from learning import tiny_examples, tiny_recipe
 from tiny_models import tiny_model
 from torch import nn
 
+import speech_llm.training.answers
 from speech_llm.data.features import FeatureStore
 from speech_llm.examples import Example
 from speech_llm.files import read_jsonl
@@ -247,3 +248,57 @@ def test_rows_of_plain_text_and_transcripts(make: Any, tmp_path: Path) -> None:
         assert row.ids[start:end] == learned
     audio = student.processor.audio_token_id
     assert heard[0].ids[: heard[0].spans[0][0]] == [audio] * 3
+
+
+@pytest.mark.parametrize(
+    "whole_llm", [False, True]
+)  # whose output layer moves too, and the teacher's does not
+@pytest.mark.parametrize("mask", ["none", "share"])
+def test_full_kl_chunk_by_chunk_has_the_loss_and_gradients_of_all_logits(
+    make: Any, tmp_path: Path, whole_llm: bool, mask: str
+) -> None:
+    def prepare(model: Any) -> None:
+        model.llm.requires_grad_(whole_llm)
+
+    objective, student, data, origin = make(
+        tiny_examples(tmp_path / "clips"), f"loss={{type: kl, top_k: null, ce: 0.5, temperature: 2.0, mask: {mask}}}",
+        "model.gate_adapters=false", f"trainable.llm={str(whole_llm).lower()}", gate_adapters=False, prepare=prepare,
+    )  # fmt: skip
+    if whole_llm:
+        assert any("lm_head" in name for name in origin.base_llm)
+        with torch.no_grad():
+            student.model.llm.get_output_embeddings().weight.mul_(1.1)
+    at_once: list[int] = []
+    head = student.model.llm.get_output_embeddings()
+    head.register_forward_hook(lambda _m, _a, out: at_once.append(out.numel() // out.shape[-1]))
+
+    def losses(most_logits: int) -> tuple[Any, dict[str, torch.Tensor], int]:
+        student.most_logits = most_logits
+        at_once.clear()
+        student.model.zero_grad()
+        found = objective.loss(every(data), "")
+        found.loss.backward()
+        named = student.model.named_parameters()
+        return found, {n: p.grad.clone() for n, p in named if p.grad is not None}, max(at_once)
+
+    whole, expected, most = losses(1 << 25)
+    chunked, actual, fewest = losses(1)
+    assert most == whole.answer_tokens > 2 * fewest
+    assert float(whole.loss) > 0
+    assert float(chunked.loss) == pytest.approx(float(whole.loss), rel=1e-5)
+    for name, figure in whole.figures.items():
+        assert chunked.figures[name] == pytest.approx(figure, rel=1e-5)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_that_changes_its_logits_in_its_own_way_is_not_chunked(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, student, data, _ = make(tiny_examples(tmp_path / "clips"), "loss={type: kl, top_k: null}")
+    expected = float(objective.loss(every(data), "").loss)
+    real = speech_llm.training.answers.projection
+    monkeypatch.setattr("speech_llm.training.answers.projection", lambda llm: lambda x: 2 * real(llm)(x))
+    student.most_logits = 1
+    assert float(objective.loss(every(data), "").loss) == pytest.approx(expected, rel=1e-5)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from speech_llm.data.packing import IGNORE, Row, collate, constant_prefix, longe
 from speech_llm.generation import group_prompts
 from speech_llm.kv_cache import expanded, run_prefix
 from speech_llm.model.configuration import SpeechLLMConfig
-from speech_llm.model.masks import additive, attention_window, logits_only_at
+from speech_llm.model.masks import additive, attention_window, logits_only_at, states_at
 from speech_llm.model.processing import SpeechLLMProcessor
+from speech_llm.training.answers import Answers, in_chunks, vocabulary_of
 
 # Answer positions whose distribution over the vocabulary is in memory at once.
 CHUNK = 512
@@ -97,7 +98,7 @@ def score_rows(
     """`score_answers` for rows that are tokens already, without audio: the tokens in the spans of each are scored."""
     found: dict[int, AnswerScores] = {}
     with tqdm(total=len(rows), desc="score answers", unit="answer", disable=not progress) as bar:
-        for members, logits, targets in _run(llm, rows, batch_tokens):
+        for members, logits, targets, _ in _run(llm, rows, batch_tokens):
             pieces = [
                 _score(logits[i : i + CHUNK], targets[i : i + CHUNK], top_k, temperature)
                 for i in range(0, len(targets), CHUNK)
@@ -116,14 +117,49 @@ def score_rows(
 def row_logits(llm: Any, rows: Sequence[Row], batch_tokens: int = 4096) -> Tensor:
     """Logits (n, vocabulary) that predict the tokens in the rows' spans, one row after the other."""
     found: dict[int, Tensor] = {}
-    for members, logits, _ in _run(llm, rows, batch_tokens):
-        pieces = logits.split([rows[number].answer_tokens for number in members])
-        found.update(zip(members, pieces, strict=True))
+    for members, logits, _, _ in _run(llm, rows, batch_tokens):
+        found.update(zip(members, _by_row(logits, rows, members), strict=True))
     return torch.cat([found[number] for number in range(len(rows))])
 
 
-def _run(llm: Any, rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """For batches of rows: their numbers, logits (n, vocabulary) at their answers' places, and the tokens (n,) there."""
+@torch.no_grad()
+def row_answers(llm: Any, rows: Sequence[Row], most_logits: int, batch_tokens: int = 4096) -> Answers:
+    """What predicts the tokens in the rows' spans, one row after the other; more logits than `most_logits` are not made at once."""
+    if sum(row.answer_tokens for row in rows) * vocabulary_of(llm) <= most_logits:
+        return _all_logits(llm, rows, batch_tokens)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    chunked: Answers | None = None
+    for members, logits, targets, states in _run(llm, rows, batch_tokens, only_states=True):
+        assert states is not None
+        chunked = in_chunks(llm, states, targets, logits[0], most_logits)
+        if chunked is None:
+            return _all_logits(llm, rows, batch_tokens)
+        parts = zip(_by_row(states, rows, members), _by_row(targets, rows, members), strict=True)
+        found.update(zip(members, parts, strict=True))
+    assert chunked is not None
+    states, targets = (
+        torch.cat(column) for column in zip(*(found[i] for i in range(len(rows))), strict=True)
+    )
+    return replace(chunked, states=states, targets=targets)
+
+
+def _all_logits(llm: Any, rows: Sequence[Row], batch_tokens: int) -> Answers:
+    ids = [token for row in rows for start, end in row.spans for token in row.ids[start:end]]
+    logits = row_logits(llm, rows, batch_tokens)
+    return Answers(logits, torch.tensor(ids, device=logits.device))
+
+
+def _by_row(values: Tensor, rows: Sequence[Row], members: Sequence[int]) -> tuple[Tensor, ...]:
+    return values.split([rows[number].answer_tokens for number in members])
+
+
+def _run(
+    llm: Any, rows: Sequence[Row], batch_tokens: int, only_states: bool = False
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor | None]]:
+    """For batches of rows: their numbers, logits (n, vocabulary) at their answers' places, and the tokens (n,) there.
+
+    `only_states`: logits of the first place alone, and last the hidden states (n, width) from which the output layer makes them all.
+    """
     if not rows:
         return
     device = llm.get_input_embeddings().weight.device
@@ -144,7 +180,7 @@ def _run(llm: Any, rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[lis
         else:
             lengths = torch.tensor([len(packs[i].ids) for i in chosen])
             mask = (torch.arange(batch.ids.shape[1])[None] < lengths[:, None]).long()
-        with logits_only_at(llm, wanted):
+        with states_at(llm, wanted) if only_states else logits_only_at(llm, wanted) as states:
             logits = llm(
                 input_ids=batch.ids.to(device),
                 attention_mask=mask.to(device),
@@ -152,7 +188,8 @@ def _run(llm: Any, rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[lis
                 past_key_values=expanded(prefix, len(batch.ids)) if prefix else None,
                 use_cache=bool(prefix),
             ).logits[0]
-        yield [number for i in chosen for number in groups[i]], logits, batch.targets.to(device)[wanted]
+        numbers = [number for i in chosen for number in groups[i]]
+        yield numbers, logits, batch.targets.to(device)[wanted], states[0] if states else None
 
 
 def _score(logits: Tensor, targets: Tensor, top_k: int | None, temperature: float) -> tuple[Tensor, ...]:

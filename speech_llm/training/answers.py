@@ -33,6 +33,11 @@ class Answers:
     project: Callable[[Tensor], Tensor] | None = None
     chunk: int = 0
 
+    def logits(self, at: slice) -> Tensor:
+        """Logits (len, vocabulary) of some of the tokens."""
+        states = self.states[at]
+        return states if self.project is None else self.project(states)
+
     def sum(self, function: OfLogits) -> Tensor:
         """The sum over chunks of `function`, a scalar each."""
         parts = self._each(function)
@@ -60,6 +65,23 @@ class Answers:
                 range(0, len(self.states), self.chunk), self.states.split(self.chunk), strict=True
             )
         ]
+
+
+def vocabulary_of(llm: Any) -> int:
+    """How many logits the LLM's output layer makes at a position."""
+    return int(llm.get_output_embeddings().weight.shape[0])
+
+
+def in_chunks(llm: Any, states: Tensor, targets: Tensor, first: Tensor, most_logits: int) -> Answers | None:
+    """`Answers` from hidden states (n, width); None where the LLM does to its logits what is not known here.
+
+    `first`: (vocabulary,) what the LLM's own forward makes of the first state. `most_logits`: in a chunk.
+    """
+    project = projection(llm)
+    with torch.no_grad():
+        if not torch.allclose(project(states[:1])[0], first, rtol=1e-3, atol=1e-4):
+            return None
+    return Answers(states, targets, project, max(16, most_logits // vocabulary_of(llm)))
 
 
 def projection(llm: Any) -> Callable[[Tensor], Tensor]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from speech_llm.data.packing import PackBatch, Row
 from speech_llm.files import atomic_write, stable_hash, write_jsonl
-from speech_llm.targets.score import AnswerScores, row_logits, score_rows
+from speech_llm.targets.score import AnswerScores, row_answers, score_rows
+from speech_llm.training.answers import Answers
 from speech_llm.training.losses import (
     cross_entropy_sum,
     dpo_sum,
@@ -153,7 +154,7 @@ class TokenLoss:
         weights = None
         if self.weights:
             weights = torch.tensor([w for row in batch.rows for w in self.weights[row]], device=device)
-        teacher = self._teacher_logits(batch) if self.kl and not self.settings.top_k else None
+        teacher = self._teacher(batch) if self.kl and not self.settings.top_k else None
         answers = self.student.answers(batch)
         parts = {"ce": torch.zeros((), device=device), "kl": torch.zeros((), device=device)}
 
@@ -182,9 +183,10 @@ class TokenLoss:
             figures = {name: (float(parts[name]), weight) for name in (["ce"] if self.ce else []) + ["kl"]}
         return BatchLoss(loss, batch.rows, batch.answer_tokens, batch.padding_share, figures)
 
-    def _teacher_logits(self, batch: PackBatch) -> Tensor:
+    def _teacher(self, batch: PackBatch) -> Answers:
+        rows = [self.data.teacher[row] for row in batch.rows]
         with self.origin.base():
-            return row_logits(self.student.model.llm, [self.data.teacher[row] for row in batch.rows])
+            return row_answers(self.student.model.llm, rows, self.student.most_logits)
 
     def _teacher_top(self, batch: PackBatch) -> tuple[Tensor, Tensor]:
         """(n, k) ids and log-probabilities that were stored of the batch's answer tokens."""
@@ -196,14 +198,16 @@ class TokenLoss:
     def _divergence(
         self,
         logits: Tensor,
-        teacher: Tensor | None,
+        teacher: Answers | None,
         known: tuple[Tensor, Tensor] | None,
         at: slice,
         weights: Tensor | None,
     ) -> Tensor:
         temperature = self.settings.temperature
         if teacher is not None:
-            return kl_sum(logits, teacher[at], temperature, weights)
+            with torch.no_grad(), self.origin.base():  # whose output layer may be another one
+                expected = teacher.logits(at)
+            return kl_sum(logits, expected, temperature, weights)
         assert known is not None
         return kl_top_k_sum(logits, known[0][at], known[1][at], temperature, weights)
 

@@ -23,7 +23,7 @@ from speech_llm.files import atomic_write
 from speech_llm.kv_cache import Prefix, expanded
 from speech_llm.model.masks import states_at
 from speech_llm.model.trainable import part_of
-from speech_llm.training.answers import MOST_LOGITS, Answers, projection
+from speech_llm.training.answers import MOST_LOGITS, Answers, in_chunks, vocabulary_of
 from speech_llm.training.feed import Feed
 
 
@@ -74,19 +74,15 @@ class Student:
 
     def answers(self, batch: PackBatch) -> Answers:
         """What predicts the answer tokens of a batch; where their logits would be many, they are made chunk by chunk."""
-        vocabulary = int(self.model.llm.get_output_embeddings().weight.shape[0])
-        if batch.answer_tokens * vocabulary <= self.most_logits:
+        llm = self.model.llm
+        if batch.answer_tokens * vocabulary_of(llm) <= self.most_logits:
             return Answers(*self.answer_logits(batch))
         targets = batch.targets.to(self.device)
         wanted = targets != IGNORE
-        with states_at(self.model.llm, wanted) as found:
+        with states_at(llm, wanted) as found:
             logits = self._run(batch, None)[0, 0].detach()
-        project = projection(self.model.llm)
-        with torch.no_grad():  # an LLM may do to its logits what is not known here
-            same = torch.allclose(project(found[0][:1])[0], logits, rtol=1e-3, atol=1e-4)
-        if not same:
-            return Answers(*self.answer_logits(batch))
-        return Answers(found[0], targets[wanted], project, max(16, self.most_logits // vocabulary))
+        chunked = in_chunks(llm, found[0], targets[wanted], logits, self.most_logits)
+        return Answers(*self.answer_logits(batch)) if chunked is None else chunked
 
     def _run(self, batch: PackBatch, vectors: Tensor | None, **settings: Any) -> Tensor:
         ids = batch.ids.to(self.device)
