@@ -120,6 +120,13 @@ def evaluate(
             "--adapters", help="of lm-eval tasks: the LLM's adapters on, off, or as they act on text"
         ),
     ] = Adapters.as_trained,
+    join_sounds: Annotated[
+        bool,
+        typer.Option(
+            "--join-sounds",
+            help="for a model that takes one sound only: several of a question as one, half a second of silence between",
+        ),
+    ] = False,
     api_key_env: ApiKeyEnv = None,
     concurrency: Concurrency = 8,
     retries: Retries = 4,
@@ -133,6 +140,11 @@ def evaluate(
     named = [name for spec in tasks for name in names_of(spec, "--tasks")]
     harness = [name.partition(":")[2] for name in named if name.startswith("lm-eval:")]
     loaded = [task for name in named if not name.startswith("lm-eval:") for task in load_tasks(name)]
+    if join_sounds:
+        from eval.joining import join_sounds as join_sounds_of
+        from speech_llm.assets import cache_dir
+
+        join_sounds_of(loaded, cache_dir() / "joined_sounds")
     for task in loaded:
         if task.rejects:
             first = task.rejects[0]
