@@ -30,6 +30,7 @@ from speech_llm.files import (
     stable_hash,
     write_json,
 )
+from speech_llm.launch import Launch, launched
 from speech_llm.recipe import Recipe
 from speech_llm.recipe_targets import OF_LABELS
 
@@ -46,7 +47,7 @@ class Stage:
     `version` changes whenever the same recipe and input would give another output. `part`: what of the recipe it depends
     on. `inputs`: files whose contents it depends on. `run(recipe, run_dir, progress)` does it, resuming by itself, and
     returns its counts. `outputs`: what it makes outside its own folder, relative to the run folder. `when`: whether a run
-    of this recipe has the stage at all.
+    of this recipe has the stage at all. `together`: whether all processes of a launch do it, and not the main one alone.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     run: Callable[[Recipe, Path, bool], dict[str, Any]]
     outputs: tuple[str, ...] = ()
     when: Callable[[Recipe], bool] = lambda _: True
+    together: bool = False
 
 
 def _corpus(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def _train(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
     from speech_llm.probes import make_probes
     from speech_llm.training.loop import train
 
-    probes = make_probes(recipe, run_dir, progress)
+    probes = make_probes(recipe, run_dir, progress) if launched().main else None
     return train(
         recipe,
         run_dir / "targets" / "examples.jsonl",
@@ -311,6 +313,7 @@ STAGES: tuple[Stage, ...] = (
         ],
         _train,
         ("model",),
+        together=True,
     ),
     Stage(
         "eval",
@@ -370,10 +373,12 @@ def run_stages(
     say: Say = print,
     command: str | None = None,
     stages: tuple[Stage, ...] | None = None,
+    launch: Launch | None = None,
 ) -> None:
     """Run the stages up to and including `until` in `run_dir`, skipping those that are finished.
 
-    `say` gets one line per stage; `command` is what the user typed, kept at the head of `RUN/recipe.yaml`.
+    `say` gets one line per stage; `command` is what the user typed, kept at the head of `RUN/recipe.yaml`. Of several processes of a
+    `launch` only the main one does so; the others do their part of what all do together.
     Raises `UserError`: a user's mistake, a folder that is no run's, another process at work in the folder.
     """
     stages = tuple(stage for stage in stages or STAGES if stage.when(recipe))
@@ -382,11 +387,15 @@ def run_stages(
             f"{recipe.path}: a run of this recipe has no stage {until}, because its {until} is empty; "
             f"it has: {', '.join(stage.name for stage in stages)}"
         )
+    launch = launch or Launch()
+    if not launch.main:
+        launch.follow(lambda part: _do_part(part, recipe, stages))
+        return
     last = [stage.name for stage in stages].index(until)
     with _locked(run_dir):
         _claim(recipe, run_dir, stages, command)
         if recipe.phases:
-            _run_phases(recipe, run_dir, until, progress, say, command, stages)
+            _run_phases(recipe, run_dir, until, progress, say, command, stages, launch)
             return
         for number, stage in enumerate(stages[: last + 1], start=1):
             title = f"[{number}/{last + 1}] {stage.name}"
@@ -395,10 +404,22 @@ def run_stages(
                 say(
                     f"{title}: already done in {_time(manifest['seconds'])}, skipped{_summary(manifest['counts'])}"
                 )
-                continue
-            say(f"{title} ...")
-            manifest = run_stage(stage, recipe, run_dir, progress, say)
-            say(f"{title}: done in {_time(manifest['seconds'])}{_summary(manifest['counts'])}")
+            else:
+                say(f"{title} ...")
+                manifest = run_stage(stage, recipe, run_dir, progress, say, launch)
+                say(f"{title}: done in {_time(manifest['seconds'])}{_summary(manifest['counts'])}")
+            if stage.together and recipe.phase_name is None:
+                launch.end()
+
+
+def _do_part(part: dict[str, Any], recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """As another process than the main one: do the stage that it has begun."""
+    phases = {phase.phase_name: phase for phase in recipe.phase_recipes}
+    recipe = phases.get(part["phase"], recipe)
+    if part["start_from"] is not None:
+        recipe.start_from = Path(part["start_from"])
+    stage = next(stage for stage in stages if stage.name == part["stage"])
+    stage.run(recipe, Path(part["run_dir"]), False)
 
 
 def _run_phases(
@@ -409,13 +430,18 @@ def _run_phases(
     say: Say,
     command: str | None,
     stages: tuple[Stage, ...],
+    launch: Launch,
 ) -> None:
     """`run_stages` of every phase in its own folder, then every task after every phase."""
     from speech_llm.phases import phases_table, run_phases
 
     def run(phase: Recipe, folder: Path, last: str) -> None:
         say(f"phase {phase.phase_name}")
-        run_stages(phase, folder, last, progress=progress, say=say, command=command, stages=stages)
+        run_stages(
+            phase, folder, last, progress=progress, say=say, command=command, stages=stages, launch=launch
+        )
+        if phase is recipe.phase_recipes[-1]:
+            launch.end()
 
     run_phases(recipe, run_dir, until, run, progress)
     if until in ("eval", "report"):
@@ -440,7 +466,12 @@ def finished(stage: Stage, recipe: Recipe, run_dir: Path) -> dict[str, Any] | No
 
 
 def run_stage(
-    stage: Stage, recipe: Recipe, run_dir: Path, progress: bool = True, say: Say = print
+    stage: Stage,
+    recipe: Recipe,
+    run_dir: Path,
+    progress: bool = True,
+    say: Say = print,
+    launch: Launch | None = None,
 ) -> dict[str, Any]:
     """Run one stage, from where an interrupted run of the same stage stopped; returns its manifest.
 
@@ -462,6 +493,11 @@ def run_stage(
     elif marker.exists():
         say(f"{stage.name}: continues where it was interrupted after {_time(spent_s)}")
     write_json(marker, {"stage": stage.name, "key": key, "seconds": spent_s})
+    if stage.together and launch is not None:
+        start = None if recipe.start_from is None else str(recipe.start_from)
+        launch.call(
+            {"stage": stage.name, "phase": recipe.phase_name, "run_dir": str(run_dir), "start_from": start}
+        )
     started = time.perf_counter()
     try:
         counts = stage.run(recipe, run_dir, progress)
@@ -471,9 +507,9 @@ def run_stage(
         spent_s = round(spent_s + time.perf_counter() - started, 2)
         with contextlib.suppress(UserError):  # a full disk has its own message
             write_json(marker, {"stage": stage.name, "key": key, "seconds": spent_s})
-    files = [
-        path for path in sorted(folder.iterdir()) if path.is_file() and path not in (marker, manifest_path)
-    ]
+    # Names with a dot in front are what a kill left of files half written.
+    made = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    files = [path for path in made if path not in (marker, manifest_path)]
     manifest = {
         "stage": stage.name,
         "version": stage.version,

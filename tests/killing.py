@@ -5,9 +5,10 @@
     random    NUMBER children killed at random instants, each going on from where the last died
     writing   children that die while a checkpoint is written, in the middle of a file or before the folder has its name
     workers   killed children that read with different numbers of workers
+    phases    children of a whole run in two phases that die between these
 
-Prints one JSON line: `{"steps", "runs", "random": [...], "writing": [...], "workers": [...]}`, the newest checkpoint at each death. Every run
-that ends is compared with the one that nobody disturbed, bit for bit.
+Prints one JSON line: `{"steps", "runs", "random": [...], "writing": [...], "workers": [...]}`, the newest checkpoint at each death, and
+`"phases"`, the finished stages of both phases at each death. Every run that ends is compared with the one that nobody disturbed, bit for bit.
 Forks, as loading the libraries takes longer than the training.
 """
 
@@ -25,12 +26,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from learning import tiny_examples, tiny_recipe
+from learning import saved_recipe, tiny_examples, tiny_recipe
 
 import speech_llm.files
 from speech_llm.examples import write_examples
 from speech_llm.files import read_jsonl
-from speech_llm.recipe import Recipe
+from speech_llm.pipeline import run_stages
+from speech_llm.recipe import Recipe, load_recipe
 from speech_llm.training.checkpoint import latest_checkpoint
 from speech_llm.training.log import MEASURED
 from speech_llm.training.loop import train
@@ -101,6 +103,7 @@ def wait(pid: int, most_s: float | None = None) -> int | None:
 
 
 def log_of(folder: Path, name: str) -> list[dict[str, object]]:
+    """The log of a run without what it tells of the machine."""
     rows = [row for _, row in read_jsonl(folder / name / "train" / "log.jsonl")]
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
@@ -108,11 +111,13 @@ def log_of(folder: Path, name: str) -> list[dict[str, object]]:
 def check_same(folder: Path, name: str) -> None:
     """Log and weights of a run are those of the undisturbed one, bit for bit."""
     assert log_of(folder, name) == log_of(folder, "whole")
-    for file in ("model/model.safetensors", f"train/checkpoints/step-{STEPS:06d}/optimizer.safetensors"):
+    last = latest_checkpoint(folder / "whole" / "train" / "checkpoints")
+    assert last is not None
+    for file in ("model/model.safetensors", f"train/checkpoints/{last.name}/optimizer.safetensors"):
         expected, found = (safetensors.torch.load_file(folder / run / file) for run in ("whole", name))
         assert expected.keys() == found.keys()
         assert all(torch.equal(value, found[key]) for key, value in expected.items())
-    assert not list((folder / name).rglob("*.part"))
+    assert not list((folder / name / "train").rglob("*.part"))
 
 
 def killed_at_random(folder: Path, number: int, seed: int) -> tuple[int, float, list[str]]:
@@ -189,6 +194,61 @@ def other_workers(folder: Path, length_s: float) -> list[str]:
     return at
 
 
+def killed_between_phases(folder: Path) -> list[list[str]]:
+    """Children that die on their way from one phase to the next, each a little later than the one before; what was finished then."""
+    recipe_file = saved_recipe(folder / "recipe")
+    first, second = "phases/1-first", "phases/2-second"
+
+    def whole_run(name: str) -> None:
+        run_stages(load_recipe(recipe_file), folder / name, "train", progress=False, say=lambda _: None)
+
+    whole_run("phased/whole")
+    replace, at = os.replace, []
+
+    def dies_at(name: str, before: bool) -> Callable[[], None]:
+        def rename(source: str | Path, target: str | Path) -> None:
+            here = Path(target) == folder / "phased" / "killed" / name
+            if here and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+            if here:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def work() -> None:
+            os.replace = rename  # type: ignore[assignment]
+            whole_run("phased/killed")
+
+        return work
+
+    # The first phase has just its manifest; the second is being begun from copies; it has begun; it is over and the model not in place.
+    for name, before in (
+        (f"{first}/train/manifest.json", False),
+        (f"{second}/corpus", True),
+        (f"{second}/describe", True),
+        (f"{second}/recipe.yaml", True),
+        (f"{second}/targets/in_progress.json", True),
+        (f"{second}/train/in_progress.json", False),
+        (f"{second}/train/manifest.json", False),
+        ("model", True),
+    ):
+        assert wait(child(dies_at(name, before))) == -signal.SIGKILL, name
+        manifests = (folder / "phased" / "killed").glob("phases/*/[!.]*/manifest.json")
+        at.append(sorted(f"{path.parts[-3]}/{path.parts[-2]}" for path in manifests))
+    assert wait(child(lambda: whole_run("phased/killed"))) == 0
+    for phase in (first, second):
+        for run in ("whole", "killed"):
+            (folder / phase).mkdir(parents=True, exist_ok=True)
+            os.symlink(folder / "phased" / run / phase, folder / phase / run)
+        check_same(folder / phase, "killed")
+    expected, found = (
+        (folder / "phased" / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "killed")
+    )
+    assert found == expected
+    told = json.loads((folder / "phased" / "killed" / second / "targets" / "manifest.json").read_text())
+    assert not [name for name in told["outputs"] if ".part" in name]
+    return at
+
+
 def main(folder: Path, number: int, seed: int) -> None:
     torch.set_num_threads(1)
     write_examples(folder / "examples.jsonl", tiny_examples(folder / "clips", 8))
@@ -198,6 +258,7 @@ def main(folder: Path, number: int, seed: int) -> None:
         "random": at,
         "writing": killed_while_writing(folder),
         "workers": other_workers(folder, length_s),
+        "phases": killed_between_phases(folder),
     }
     print(json.dumps({"steps": STEPS, "runs": runs, **found}))
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from tiny_models import tiny_model
+import yaml
+from tiny_models import tiny_encoder, tiny_feature_extractor, tiny_llm, tiny_model, tiny_tokenizer
 
 import speech_llm.model
 from speech_llm.examples import Example, user_turn
+from speech_llm.files import write_jsonl
 from speech_llm.recipe import Recipe, load_recipe
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -99,3 +101,45 @@ def tiny_examples(folder: Path, clips: int = 6) -> list[Example]:
             for question in ("who?", "man or woman?")
         ]
     return examples
+
+
+def saved_recipe(folder: Path) -> Path:
+    """The file of a recipe of two phases on tiny models saved in `folder`, with clips of its own and people's answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_llm().save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    tiny_encoder("wav2vec2").save_pretrained(folder / "encoder")  # type: ignore[operator]
+    tiny_feature_extractor("wav2vec2").save_pretrained(folder / "encoder")
+    clips = [
+        {"id": path.stem, "audio": str(path), "gender": gender, "split": "train" if number < 8 else "test"}
+        for number, (path, gender) in enumerate(tones(folder / "clips", 12))
+    ]
+    write_jsonl(folder / "clips.jsonl", clips)
+    prompts = [
+        {"id": "who", "text": "Who?", "asks": ["gender"], "example": "It is a {gender} speaker."},
+        {"id": "man", "text": "A man?", "asks": ["gender"], "example": "{gender}"},
+    ]
+    (folder / "pool.yaml").write_text(yaml.safe_dump({"prompts": prompts}))
+    recipe = {
+        "name": "saved",
+        "model": {
+            "llm": str(folder / "llm"),
+            "encoder": str(folder / "encoder"),
+            "connector": {"type": "qformer", "queries": 3, "layers": 1, "heads": 2},
+            "use_transcript": False,
+            "gate_adapters": False,
+        },
+        "data": {"manifests": ["clips.jsonl"], "train": {"split": "train"}, "test": {"split": "test"}},
+        "describe": {"use": ["labels"], "labels": {"gender": "gender"}},
+        "targets": {"strategy": "given", "prompts": "pool.yaml", "prompts_per_clip": 2},
+        "trainable": {"lora": {"rank": 2, "dropout": 0.2}},
+        "optimizer": {**OPTIMIZER, "epochs": 2, "batch_tokens": 256, "align_epochs": 2},
+        "eval": {
+            "attributes": ["gender"], "transcript": False, "prompts": "pool.yaml", "models": ["speech_llm"],
+            "probes": ["json"], "json_probe": {"limit": 2, "attributes": ["gender"], "max_new_tokens": 4}, "max_new_tokens": 4,
+        },
+        "phases": [{"name": "first"}, {"name": "second", "optimizer": {"lr": 0.002}}],
+    }  # fmt: skip
+    path = folder / "saved.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -24,19 +24,35 @@ COPIES = ("--multi_gpu",)
 SHARDS = ("--use_fsdp", "--fsdp_version", "2")
 
 
-def launch(folder: Path, name: str, options: Sequence[str], *overrides: str) -> None:
-    """`main` in two new processes of `accelerate launch`; a forked one would share the threads that its parent no longer has."""
+def accelerate_launch(
+    options: Sequence[str], *command: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch OPTIONS COMMAND` with two processes, `variables` in their environment."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     plain = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *plain]
-    command += ["--main_process_port", "0", str(here / "parallel.py"), str(folder), name, *overrides]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *options,
+            *plain,
+            "--main_process_port",
+            "0",
+            *command,
+        ],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         timeout=300,
+    )
+
+
+def launch(folder: Path, name: str, options: Sequence[str], *overrides: str) -> None:
+    """`main` in two new processes of `accelerate launch`; a forked one would share the threads that its parent no longer has."""
+    done = accelerate_launch(
+        options, str(Path(__file__).parent / "parallel.py"), str(folder), name, *overrides
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -61,6 +61,14 @@ def test_another_number_of_data_workers_changes_nothing(killed: dict[str, Any]) 
     assert killed["workers"][-1] != "none"
 
 
+def test_a_run_killed_between_two_phases_equals_an_undisturbed_one(killed: dict[str, Any]) -> None:
+    at = killed["phases"]
+    assert len(at) == 8
+    trained = [f"1-first/{stage}" for stage in ("corpus", "describe", "targets", "train")]
+    assert at[0] == at[1] == trained  # the first phase is finished, and nothing of the second is there
+    assert at[-1] == [*trained, *(name.replace("1-first", "2-second") for name in trained)]
+
+
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A run whose probe found the most after its third step."""

@@ -17,11 +17,15 @@ import typer
 
 from speech_llm.cli.app import app, typed_command
 from speech_llm.errors import UserError
+from speech_llm.launch import OtherFailed, launched
 
 # isort: off
 # Importing a module adds its verbs, in the order in which `speech-llm --help` lists them.
 from speech_llm.cli import stages, describing, asking, machine  # noqa: F401
 # isort: on
+
+# Verbs in which all processes of a launch take part; any other is done by the main process alone.
+TOGETHER = ("run", "targets", "mixture", "cache", "train")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,10 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str] | None) -> int:
+    verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    if verb not in TOGETHER and not launched().main:
+        return 0
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="speech-llm", standalone_mode=False)
         # Depending on its version typer tells of an interrupt by this code or by an exception.
         return _interrupted() if code == 130 else code if isinstance(code, int) else 0
+    except OtherFailed as other:
+        return launched().fails(other.code) or other.code
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -65,6 +74,10 @@ def _exit_code(arguments: list[str] | None) -> int:
             return 2
         if hasattr(error, "format_message"):
             return _fail(_usage(error))
+        # Where another process has failed, what follows from that here (a connection is closed, ...) tells nothing.
+        first = launched().fails(1)
+        if first is not None:
+            return first
         raise
 
 
@@ -77,11 +90,17 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str) -> int:
+    first = launched().fails(2)
+    if first is not None:  # of several processes one tells it
+        return first
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _interrupted() -> int:
+    first = launched().fails(130)
+    if first is not None:
+        return first
     print(
         f"\nstopped; finished work is kept, and the same command goes on from here: {typed_command()}",
         file=sys.stderr,

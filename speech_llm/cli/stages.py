@@ -143,11 +143,24 @@ def export(
 
 
 def _run_stages(recipe: Path, out: Path | None, overrides: list[str] | None, quiet: bool, until: str) -> Path:
-    """Run a recipe's stages up to `until`; returns the run folder."""
+    """Run a recipe's stages up to `until`; returns the run folder. Of several processes only the main one returns."""
+    from speech_llm.launch import launched
     from speech_llm.pipeline import run_stages
     from speech_llm.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     run_dir = out or Path("runs") / loaded.name
-    run_stages(loaded, run_dir, until, progress=not quiet, say=typer.echo, command=typed_command())
+    launch = launched()
+    run_stages(
+        loaded,
+        run_dir,
+        until,
+        progress=not quiet,
+        say=typer.echo,
+        command=typed_command(),
+        launch=launch,
+    )
+    launch.end()
+    if not launch.main:
+        raise typer.Exit
     return run_dir

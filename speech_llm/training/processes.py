@@ -9,6 +9,7 @@ the processes and weighted by what the whole step weighs, so the number of proce
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,17 @@ if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
 
 
+# The main process may encode every clip, or ask all probes, while the others wait; a process that died is seen by its launcher.
+LONGEST_WAIT = datetime.timedelta(days=7)
+
+
 class Processes:
     """The processes of a run, as accelerate started them."""
 
     def __init__(self, trackers: Sequence[str] = (), folder: str | os.PathLike[str] = ".") -> None:
         """`trackers`: names that accelerate knows; they write under `folder`. `UserError` where a way to launch is not supported."""
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             raise UserError(
@@ -37,10 +43,16 @@ class Processes:
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError("training runs under FSDP2 only: accelerate launch --use_fsdp --fsdp_version 2")
+        # Every process loads the whole model: transformers else leaves weights of a model that is to be sharded out at all but the main
+        # process, for accelerate to fill in.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         # The model is sharded here, layer by layer, and not by accelerate as a whole: parts of it are called on their own.
         with _without("ACCELERATE_USE_FSDP"):
             self.accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(), log_with=_known(trackers), project_dir=str(folder)
+                cpu=not torch.cuda.is_available(),
+                log_with=_known(trackers),
+                project_dir=str(folder),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
             )
         self.device: torch.device = self.accelerator.device
         self.main = bool(self.accelerator.is_main_process)
