@@ -285,6 +285,7 @@ def judge(
     epilog="""\b
 Example:
   speech-llm compare results/before results/after
+  speech-llm compare results/cascade results/model --relative
 A folder is what `speech-llm eval` or `score` wrote, or a run.""",
 )
 def compare(
@@ -294,6 +295,12 @@ def compare(
         Path | None,
         typer.Option("--out", metavar="FILE.json", help="write the figures there", show_default=False),
     ] = None,
+    relative: Annotated[
+        bool,
+        typer.Option(
+            "--relative", help="also by dimension, relative to FIRST as the baseline (Dynamic-SUPERB phase 2)"
+        ),
+    ] = False,
 ) -> None:
     """Compare two models on the instances that both answered, task by task."""
     from eval.compare import compare as compare_folders
@@ -301,9 +308,16 @@ def compare(
     from speech_llm.files import write_json
 
     results = compare_folders(first, second)
+    names = (first.name or "first", second.name or "second")
+    typer.echo(comparison_table(results, names))
+    if relative:
+        from eval.relative import relative_scores, relative_table
+
+        by_dimension = relative_scores(first, second)
+        typer.echo(f"\n{relative_table(by_dimension, names)}")
+        results["relative"] = by_dimension
     if out is not None:
         write_json(out, results)
-    typer.echo(comparison_table(results, (first.name or "first", second.name or "second")))
     forgotten = ifeval_forgetting(first, second)
     if forgotten is not None:
         typer.echo(forgotten)
