@@ -44,6 +44,7 @@ class Form(str, Enum):
 
     answer = "answer"
     reasoning = "reasoning"
+    refusal = "refusal"
 
 
 @app.command(
@@ -218,6 +219,7 @@ def score(
     epilog="""\b
 Examples:
   speech-llm judge results/peer --judge openai:http://127.0.0.1:8000/v1#NAME
+  speech-llm judge results/kept --judge openai:http://127.0.0.1:8000/v1#NAME --form refusal
   speech-llm judge results/peer --judge openai:https://api.example.com/v1#NAME --api-key-env MY_KEY --tasks gender --limit 200
 Verdicts are kept as they come; the same command goes on where it stopped.""",
 )
@@ -232,14 +234,17 @@ def judge(
         ),
     ],
     form: Annotated[
-        Form, typer.Option("--form", help="is the answer right, or is there reasoning beyond a direct answer")
+        Form,
+        typer.Option(
+            "--form", help="is the answer right, is there reasoning beyond a direct answer, or does it refuse"
+        ),
     ] = Form.answer,
     tasks: Annotated[
         str | None,
         typer.Option(
             "--tasks",
             metavar="NAME[,...]",
-            help="only these (default: all that have a right answer in words)",
+            help="only these (default: all that the form is about, such as those with a right answer in words)",
             show_default=False,
         ),
     ] = None,
