@@ -128,7 +128,7 @@ def judge_folder(
                     _write(path.parent, name, form, rows, [said.get(key) for key in keys])
                 raise
     found = _write(path.parent, name, form, rows, [said.get(key) for key in keys])
-    return Judged(found, f"{_stem(form)}.json", rejects)
+    return Judged(found, verdicts_file(form), rejects)
 
 
 def _readable(path: Path, form: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -189,7 +189,7 @@ def _write(
     out: Path, name: str, form: str, rows: Sequence[dict[str, Any]], said: Sequence[str | None]
 ) -> dict[str, Any]:
     judged = [_judged(row, text) for row, text in zip(rows, said, strict=True)]
-    write_jsonl(out / f"{_stem(form)}.jsonl", judged)
+    write_jsonl((out / verdicts_file(form)).with_suffix(".jsonl"), judged)
     by_task: dict[str, list[dict[str, Any]]] = {}
     for row in judged:
         by_task.setdefault(row["task"], []).append(row)
@@ -205,12 +205,13 @@ def _write(
     }
     if form == "reasoning" and (out / "results.json").exists():
         found["ifrate"] = ifrate(with_verdicts(read_json(out / "results.json"), found["tasks"]))
-    write_json(out / f"{_stem(form)}.json", found)
+    write_json(out / verdicts_file(form), found)
     return found
 
 
-def _stem(form: str) -> str:
-    return "judged" if form == "answer" else f"judged-{form}"
+def verdicts_file(form: str) -> str:
+    """What holds a form's figures, beside the predictions; its lines are in `.jsonl`."""
+    return "judged.json" if form == "answer" else f"judged-{form}.json"
 
 
 def _judged(row: dict[str, Any], said: str | None) -> dict[str, Any]:
