@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from eval.general import CHOICE, pick_choices
+from eval.safety import IDENTITY, REFUSAL
 from eval.scoring import score_answer, summarise
 from eval.speech_ifeval import SPEECH_IFEVAL, ifrate
 from eval.tasks import Instance, Task
@@ -141,6 +142,7 @@ def _write_results(
             **(score_answer(instance, answer) if answer is not None else _unanswered(instance)),
             "seen": instance.seen,
             "audio": next((part["path"] for part in audio_parts(instance.messages)), None),
+            **_heard(instance),
         }
         for (task, instance), answer in zip(chosen, answers, strict=True)
     ]
@@ -177,6 +179,15 @@ def _unanswered(instance: Instance) -> dict[str, Any]:
     if "errors" in scored:
         return scored | {"score": max(1.0, scored["score"]), "errors": max(1, scored["errors"])}
     return scored if scored["score"] is None else scored | {"score": 0.0}
+
+
+def _heard(instance: Instance) -> dict[str, str]:
+    """What a spoken request says, which its prompt does not: who judges the answer must know it."""
+    if instance.metric not in (REFUSAL, IDENTITY):
+        return {}
+    said = [part["transcript"] for part in audio_parts(instance.messages) if part.get("transcript")]
+    words = instance.attributes.get("transcript") or " ".join(said)
+    return {"transcript": str(words)} if words else {}
 
 
 def _prompt(instance: Instance) -> str:

@@ -198,6 +198,8 @@ def safety_tasks(requests: Sequence[Request] | None = None, spoken: Path | None 
                 task=name,
                 metric=request.metric,
                 options=options,
+                # Not in the sound's part, where a cascade would read it in place of what it makes out itself.
+                attributes={"transcript": request.prompt} if spoken else {},
             )
         )
     return list(tasks.values())

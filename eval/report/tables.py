@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.changes import Comparison
+from eval.report.judged import judged
 from eval.report.plane import Plane
 from eval.report.runs import Run, interval_of
 from eval.report.scores import parts_of
@@ -26,7 +27,8 @@ MARK = "report_of"
 
 
 def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for every score (`what` = task) and every figure of a probe (`what` = probe, or base for the base LLM's own)."""
+    """A row for every score (`what` = task), every figure of a probe (`what` = probe, or base for the base LLM's own) and what a judge
+    says of a task (`what` = judge; its form stands under `metric`)."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         for model, tasks in run.models.items():
@@ -53,13 +55,21 @@ def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     row |= {name: result.get(name) for name in ("n", "chance", "majority", "unparsed")}
                     row["better"] = "lower" if scored[0] in ("wer", "cer") else "higher"
                     rows.append(row)
-        places = [("base", None, run.base_probe), *(("probe", row["epoch"], row) for row in run.probes)]
+        places = [
+            ("base", None, run.base_probe),
+            *(("probe", row["epoch"], row) for row in run.probes),
+        ]
         for what, epoch, found in places:
             for probe, series in found.items():
                 for name, rate in series.items() if isinstance(series, dict) else ():
                     row = {"run": run.name, "what": what, "model": run.main, "dimension": probe, "name": name}
                     row |= {"epoch": epoch, "metric": "probe"}
                     rows.append(row | {key: rate.get(key) for key in ("value", "low", "high", "n", "better")})
+        for verdicts in judged(run):
+            row = {"run": run.name, "what": "judge", "model": verdicts.model, "name": verdicts.task}
+            row |= {"metric": verdicts.form, "better": "higher", "unparsed": verdicts.unparsed}
+            cell = verdicts.by_judge
+            rows.append(row | {"value": cell.value, "low": cell.low, "high": cell.high, "n": cell.n})
     return rows
 
 
@@ -103,6 +113,7 @@ def write_results(
                 "base_probe": run.base_probe,
                 "training": run.training,
                 "phases": run.phases,
+                "judged": [asdict(row) for row in judged(run)],
                 "notes": run.notes,
             }
             for run in runs

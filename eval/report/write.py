@@ -13,6 +13,7 @@ from eval.report.clips import Sounds, clips
 from eval.report.costs import costs, facts
 from eval.report.curves import has_soft_words, learning_curve, panels
 from eval.report.json_table import json_tables
+from eval.report.judged import judged
 from eval.report.plane import plane
 from eval.report.runs import MAIN, PEERS, Run, is_number, read_runs
 from eval.report.scores import dimensions
@@ -71,6 +72,7 @@ def _shown(run: Run, sounds: Sounds, count: int | None) -> dict[str, Any]:
         "json": json_tables(run),
         "phases": run.phases,
         "clips": clips(run, sounds) if count is None else clips(run, sounds, count),
+        "judged": judged(run),
         "notes": run.notes,
     }
 

@@ -44,6 +44,7 @@ class Form(str, Enum):
 
     answer = "answer"
     reasoning = "reasoning"
+    refusal = "refusal"
 
 
 @app.command(
@@ -120,6 +121,13 @@ def evaluate(
             "--adapters", help="of lm-eval tasks: the LLM's adapters on, off, or as they act on text"
         ),
     ] = Adapters.as_trained,
+    join_sounds: Annotated[
+        bool,
+        typer.Option(
+            "--join-sounds",
+            help="for a model that takes one sound only: several of a question as one, half a second of silence between",
+        ),
+    ] = False,
     api_key_env: ApiKeyEnv = None,
     concurrency: Concurrency = 8,
     retries: Retries = 4,
@@ -133,6 +141,11 @@ def evaluate(
     named = [name for spec in tasks for name in names_of(spec, "--tasks")]
     harness = [name.partition(":")[2] for name in named if name.startswith("lm-eval:")]
     loaded = [task for name in named if not name.startswith("lm-eval:") for task in load_tasks(name)]
+    if join_sounds:
+        from eval.joining import join_sounds as join_sounds_of
+        from speech_llm.assets import cache_dir
+
+        join_sounds_of(loaded, cache_dir() / "joined_sounds")
     for task in loaded:
         if task.rejects:
             first = task.rejects[0]
@@ -206,6 +219,7 @@ def score(
     epilog="""\b
 Examples:
   speech-llm judge results/peer --judge openai:http://127.0.0.1:8000/v1#NAME
+  speech-llm judge results/kept --judge openai:http://127.0.0.1:8000/v1#NAME --form refusal
   speech-llm judge results/peer --judge openai:https://api.example.com/v1#NAME --api-key-env MY_KEY --tasks gender --limit 200
 Verdicts are kept as they come; the same command goes on where it stopped.""",
 )
@@ -220,14 +234,17 @@ def judge(
         ),
     ],
     form: Annotated[
-        Form, typer.Option("--form", help="is the answer right, or is there reasoning beyond a direct answer")
+        Form,
+        typer.Option(
+            "--form", help="is the answer right, is there reasoning beyond a direct answer, or does it refuse"
+        ),
     ] = Form.answer,
     tasks: Annotated[
         str | None,
         typer.Option(
             "--tasks",
             metavar="NAME[,...]",
-            help="only these (default: all that have a right answer in words)",
+            help="only these (default: all that the form is about, such as those with a right answer in words)",
             show_default=False,
         ),
     ] = None,
@@ -273,6 +290,7 @@ def judge(
     epilog="""\b
 Example:
   speech-llm compare results/before results/after
+  speech-llm compare results/cascade results/model --relative
 A folder is what `speech-llm eval` or `score` wrote, or a run.""",
 )
 def compare(
@@ -282,6 +300,12 @@ def compare(
         Path | None,
         typer.Option("--out", metavar="FILE.json", help="write the figures there", show_default=False),
     ] = None,
+    relative: Annotated[
+        bool,
+        typer.Option(
+            "--relative", help="also by dimension, relative to FIRST as the baseline (Dynamic-SUPERB phase 2)"
+        ),
+    ] = False,
 ) -> None:
     """Compare two models on the instances that both answered, task by task."""
     from eval.compare import compare as compare_folders
@@ -289,9 +313,16 @@ def compare(
     from speech_llm.files import write_json
 
     results = compare_folders(first, second)
+    names = (first.name or "first", second.name or "second")
+    typer.echo(comparison_table(results, names))
+    if relative:
+        from eval.relative import relative_scores, relative_table
+
+        by_dimension = relative_scores(first, second)
+        typer.echo(f"\n{relative_table(by_dimension, names)}")
+        results["relative"] = by_dimension
     if out is not None:
         write_json(out, results)
-    typer.echo(comparison_table(results, (first.name or "first", second.name or "second")))
     forgotten = ifeval_forgetting(first, second)
     if forgotten is not None:
         typer.echo(forgotten)
