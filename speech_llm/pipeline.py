@@ -113,7 +113,7 @@ def _describer_files(recipe: Recipe) -> list[Path]:
     """Probe files and folders of classifiers, which may change under the same name."""
     named = [_from_recipe(recipe, item).partition("=")[2] for item in recipe.describe.use]
     probes = [Path(reference) for reference in named if reference and Path(reference).is_file()]
-    return [*probes, *_local_models(*filter(None, named))]
+    return [*probes, *_local_models(*named)]
 
 
 def _targets(recipe: Recipe, run_dir: Path, progress: bool) -> dict[str, Any]:
@@ -266,7 +266,7 @@ STAGES: tuple[Stage, ...] = (
             # People's own questions and answers stand in the manifest alone.
             *([run / "corpus" / "train.jsonl"] if r.targets.strategy in OF_LABELS else []),
             r.resolve_path(r.targets.prompts),
-            *_local_models(r.model.llm, (r.targets.teacher and r.targets.teacher.model) or ""),
+            *_local_models(r.model.llm, r.targets.teacher.model if r.targets.teacher else None),
         ],
         _targets,
     ),
@@ -358,9 +358,9 @@ def _tables(folder: Path) -> list[Path]:
     return [folder / f"{split}.jsonl" for split in _splits(folder)]
 
 
-def _local_models(*references: str) -> list[Path]:
+def _local_models(*references: str | None) -> list[Path]:
     """Files of models that are folders of the user's own, which may change under the same name."""
-    folders = [Path(reference) for reference in references if Path(reference).is_dir()]
+    folders = [Path(reference) for reference in references if reference and Path(reference).is_dir()]
     return [file for folder in folders for file in sorted(folder.glob("*")) if file.is_file()]
 
 

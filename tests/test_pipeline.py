@@ -293,6 +293,18 @@ def test_a_server_may_move_and_be_asked_otherwise_without_losing_what_it_answere
     assert stage.part(one) != stage.part(load_recipe(recipe_file))
 
 
+def test_files_that_happen_to_lie_where_the_command_is_typed_are_no_input(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(recipe_file)
+    for stage in STAGES:
+        inputs = {path.absolute() for path in stage.inputs(recipe, tmp_path / "run")}
+        assert tmp_path / "here" / "notes.txt" not in inputs, stage.name
+
+
 def test_targets_depend_on_the_manifest_where_people_answer(recipe_file: Path, tmp_path: Path) -> None:
     stage = next(stage for stage in STAGES if stage.name == "targets")
     for strategy, depends in (("self", False), ("rewrite", True)):
