@@ -7,8 +7,10 @@ files in its form. Out: results beside those of the other tasks, and every sampl
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,32 +45,19 @@ def run_harness(
             "lm-eval tasks need the LLM itself, which this model does not give (a server gives texts only); "
             "leave them out, or name a checkpoint or text:LLM"
         )
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"tasks of lm-evaluation-harness need it installed: pip install 'speech-llm[lm-eval]' ({error})"
-        ) from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = [_task(name) for name in names]
-    with model.text_llm(adapters) as (llm, tokenizer):
-        driven = HFLM(pretrained=llm, tokenizer=tokenizer, batch_size=batch_size)
-        try:
-            found = lm_eval.simple_evaluate(
-                model=driven,
-                tasks=tasks,
-                limit=limit,
-                task_manager=TaskManager(include_defaults=any(isinstance(task, str) for task in tasks)),
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        except (KeyError, ValueError, OSError) as error:
-            raise UserError(
-                f"lm-evaluation-harness could not run {', '.join(names)}: {type(error).__name__}: {error}; "
-                "its tasks are listed by `lm_eval ls tasks`, and their data come from the hub"
-            ) from error
+    tasks, manager = check_harness(names)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    with model.text_llm(adapters) as (llm, tokenizer), _explained(names):
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=llm, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=tasks,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     assert found is not None
     results: dict[str, dict[str, Any]] = {}
     for name, metrics in found["results"].items():
@@ -78,6 +67,37 @@ def run_harness(
         write_jsonl(out_dir / f"lm-eval-{name}.jsonl", (_sample(row) for row in samples))
         results[f"lm-eval:{name.removeprefix(OWN)}"] = _result(metrics, len(samples))
     return results
+
+
+def check_harness(names: Sequence[str]) -> tuple[list[Any], Any]:
+    """The tasks in the harness's form and its task manager, their data fetched.
+
+    Called before anything is asked, so that a wrong name costs no work. Raises `UserError` as `run_harness` does.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"tasks of lm-evaluation-harness need it installed: pip install 'speech-llm[lm-eval]' ({error})"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = [_task(name) for name in names]
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+    with _explained(names):
+        load = getattr(manager, "load", None) or manager.load_task_or_group  # older versions lack the first
+        load(copy.deepcopy(tasks))
+    return tasks, manager
+
+
+@contextlib.contextmanager
+def _explained(names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"lm-evaluation-harness could not run {', '.join(names)}: {type(error).__name__}: {error}; "
+            "its tasks are listed by `lm_eval ls tasks`, and their data come from the hub"
+        ) from error
 
 
 def _task(name: str) -> str | dict[str, Any]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,11 +224,7 @@ def load_llm(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTrain
             use_safetensors=True,
             output_loading_info=True,
         )
-    absent = sorted(found["missing_keys"])
-    if absent:
-        raise UserError(
-            f"{reference}: {len(absent)} of its weights are not in its files ({', '.join(absent[:3])}); is the download whole?"
-        )
+    _check_whole(reference, found)
     if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         model.config, "is_decoder", False
     ):
@@ -259,9 +255,14 @@ def load_whisper(
     folder = resolve(reference)
     with _loading(reference):
         processor = WhisperProcessor.from_pretrained(str(folder), local_files_only=True)
-        model = WhisperForConditionalGeneration.from_pretrained(
-            str(folder), dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+        model, found = WhisperForConditionalGeneration.from_pretrained(
+            str(folder),
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+    _check_whole(reference, found)
     return model.eval(), processor
 
 
@@ -278,10 +279,25 @@ def load_encoder(reference: str, dtype: torch.dtype | None = None) -> tuple[torc
         extractor = AutoFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
         if AutoConfig.from_pretrained(str(folder), local_files_only=True).model_type == "whisper":
             return load_whisper(reference, dtype)[0].model.encoder, extractor
-        model = AutoModel.from_pretrained(
-            str(folder), dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+        model, found = AutoModel.from_pretrained(
+            str(folder),
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+    # What masks its input in pretraining is not used here, and checkpoints tuned for a task may lack it.
+    _check_whole(reference, found, but=("masked_spec_embed",))
     return model.eval(), extractor
+
+
+def _check_whole(reference: str, found: Mapping[str, Any], but: Sequence[str] = ()) -> None:
+    """Raise `UserError` where weights were not in the files (transformers' loading info), but for names that end in one of `but`."""
+    absent = sorted(name for name in found["missing_keys"] if not name.endswith(tuple(but)))
+    if absent:
+        raise UserError(
+            f"{reference}: {len(absent)} of its weights are not in its files ({', '.join(absent[:3])}); is the download whole?"
+        )
 
 
 @contextmanager

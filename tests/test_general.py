@@ -80,6 +80,22 @@ def test_a_task_of_the_harness_that_is_not_there(text_model: TextResponder, tmp_
         run_harness(text_model, [str(tmp_path / "absent.yaml")], tmp_path)
 
 
+def test_a_task_of_the_harness_that_is_not_there_is_told_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from speech_llm.cli import app
+
+    monkeypatch.setattr("speech_llm.responders.load_responder", lambda *_, **__: pytest.fail("loaded"))
+    for name in ("no_such_task_at_all", str(tmp_path / "absent.yaml")):
+        command = ["eval", "text:any", "--tasks", f"general:arithmetic,lm-eval:{name}", "--out", str(tmp_path / "out")]  # fmt: skip
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, UserError)
+        assert name in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`speech(gate)`: a model whose adapters do something, and two sounds."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from tiny_models import ENCODERS, LLM_CONFIGS, tiny_encoder, tiny_llm, tiny_model, tiny_tokenizer
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 
 from speech_llm.assets import load_encoder, load_llm
 from speech_llm.errors import UserError
@@ -104,6 +112,31 @@ def test_a_saved_llm_loads_and_one_that_lacks_something_is_a_sentence(tmp_path: 
     (bare / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load_llm(str(bare))
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_a_saved_encoder_loads_and_one_that_lacks_weights_is_a_sentence(family: str, tmp_path: Path) -> None:
+    if family == "whisper":  # saved as the hub has it: with its decoder
+        config = tiny_encoder("whisper").config  # type: ignore[operator]
+        config.update({"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 400, "pad_token_id": 0})  # fmt: skip
+        model: Any = WhisperForConditionalGeneration(config)
+        WhisperProcessor(WhisperFeatureExtractor(feature_size=config.num_mel_bins), tiny_tokenizer()).save_pretrained(tmp_path)  # fmt: skip
+    else:
+        model = tiny_encoder(family)
+        Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_encoder(str(tmp_path))
+    whole = dict((model.model.encoder if family == "whisper" else model).named_parameters())
+    assert all(torch.equal(value, whole[name]) for name, value in loaded.named_parameters())
+    file = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    gone = [name for name in weights if "encoder.layers.1." in name]
+    assert gone
+    safetensors.torch.save_file(
+        {name: value for name, value in weights.items() if name not in gone}, file, metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match=f"{len(gone)} of its weights are not in its files"):
+        load_encoder(str(tmp_path))
 
 
 def test_models_of_another_kind_are_refused_in_a_sentence(tmp_path: Path) -> None:

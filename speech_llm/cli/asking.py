@@ -141,6 +141,10 @@ def evaluate(
     named = [name for spec in tasks for name in names_of(spec, "--tasks")]
     harness = [name.partition(":")[2] for name in named if name.startswith("lm-eval:")]
     loaded = [task for name in named if not name.startswith("lm-eval:") for task in load_tasks(name)]
+    if harness:
+        from eval.harness import check_harness
+
+        check_harness(harness)
     if join_sounds:
         from eval.joining import join_sounds as join_sounds_of
         from speech_llm.assets import cache_dir
