@@ -187,7 +187,7 @@ def test_a_voice_is_not_mistaken_for_its_label() -> None:
     material = gaussian_material(1.0, labels=2, speakers=12)
     material.groups = [f"speaker {index // 20}" for index in range(len(material.labels))]
     material.labels = ["even" if int(group.split()[1]) % 2 else "odd" for group in material.groups]
-    voices = {group: rng.standard_normal(40) for group in set(material.groups)}
+    voices = {group: rng.standard_normal(40) for group in dict.fromkeys(material.groups)}
     vectors = np.array(
         [voices[group] + 0.1 * rng.standard_normal(40) for group in material.groups], np.float32
     )
