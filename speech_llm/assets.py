@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,21 +210,13 @@ def known() -> list[str]:
 
 def load_llm(reference: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
     """A causal LLM in evaluation mode (weights in `dtype`, default float32) and its tokenizer."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     folder = resolve(reference)
     with _loading(reference):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype or torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    _check_whole(reference, found)
+        model = _whole(AutoModelForCausalLM, reference, folder, dtype)
     if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         model.config, "is_decoder", False
     ):
@@ -249,20 +241,12 @@ def load_whisper(
     reference: str, dtype: torch.dtype | None = None
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
     """A Whisper model in evaluation mode (weights in `dtype`, default float32) and its processor."""
-    import torch
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     folder = resolve(reference)
     with _loading(reference):
         processor = WhisperProcessor.from_pretrained(str(folder), local_files_only=True)
-        model, found = WhisperForConditionalGeneration.from_pretrained(
-            str(folder),
-            dtype=dtype or torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    _check_whole(reference, found)
+        model = _whole(WhisperForConditionalGeneration, reference, folder, dtype)
     return model.eval(), processor
 
 
@@ -271,7 +255,6 @@ def load_encoder(reference: str, dtype: torch.dtype | None = None) -> tuple[torc
 
     wav2vec2, HuBERT, WavLM and their like come as the bare model. Raises `UserError` for a model that hears nothing.
     """
-    import torch
     from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
     folder = resolve(reference)
@@ -279,25 +262,33 @@ def load_encoder(reference: str, dtype: torch.dtype | None = None) -> tuple[torc
         extractor = AutoFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
         if AutoConfig.from_pretrained(str(folder), local_files_only=True).model_type == "whisper":
             return load_whisper(reference, dtype)[0].model.encoder, extractor
-        model, found = AutoModel.from_pretrained(
-            str(folder),
-            dtype=dtype or torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    # What masks its input in pretraining is not used here, and checkpoints tuned for a task may lack it.
-    _check_whole(reference, found, but=("masked_spec_embed",))
+        # What masks its input in pretraining is not used here, and checkpoints tuned for a task may lack it.
+        model = _whole(AutoModel, reference, folder, dtype, but=("masked_spec_embed",))
     return model.eval(), extractor
 
 
-def _check_whole(reference: str, found: Mapping[str, Any], but: Sequence[str] = ()) -> None:
-    """Raise `UserError` where weights were not in the files (transformers' loading info), but for names that end in one of `but`."""
-    absent = sorted(name for name in found["missing_keys"] if not name.endswith(tuple(but)))
+def _whole(
+    kind: Any, reference: str, folder: Path, dtype: torch.dtype | None, but: tuple[str, ...] = ()
+) -> Any:
+    """A model of a folder by a class of transformers, weights in `dtype` (default float32).
+
+    Raises `UserError` where weights are not in its files, but for those whose names end in one of `but`.
+    """
+    import torch
+
+    model, found = kind.from_pretrained(
+        str(folder),
+        dtype=dtype or torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    absent = sorted(name for name in found["missing_keys"] if not name.endswith(but))
     if absent:
         raise UserError(
             f"{reference}: {len(absent)} of its weights are not in its files ({', '.join(absent[:3])}); is the download whole?"
         )
+    return model
 
 
 @contextmanager
