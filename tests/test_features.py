@@ -115,9 +115,15 @@ def test_a_cache_killed_while_it_is_filled_holds_whole_entries_only(tmp_path: Pa
     rng = random.Random(0)
     seen = set()
     there = store(tmp_path / "killed", max_gb=1)
-    for _ in range(12):
+    for attempt in range(12):
+        before = len(kept(tmp_path / "killed"))
         child = forked(lambda: there.fill(paths, progress=False))
-        time.sleep(rng.random() * seconds)
+        if attempt % 2:
+            time.sleep(rng.random() * seconds)
+        else:  # however slow the machine: as soon as it has written something
+            ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while len(kept(tmp_path / "killed")) == before and os.waitid(os.P_PID, child, ended) is None:
+                time.sleep(0.0005)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found = kept(tmp_path / "killed")
