@@ -5,7 +5,7 @@ In: keys of a recipe. Out: checked sections; keys that cannot stand together are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,10 @@ class TeacherSection(Section):
     concurrency: Positive = Field(default=8, description="requests to the server at a time")
     retries: NotNegative = Field(default=4, description="further tries of a request, after growing pauses")
     timeout_s: float = Field(default=120.0, gt=0, description="longest wait for the server, seconds")
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of vllm.LLM, as in {tensor_parallel_size: 2, max_model_len: 4096}",
+    )
 
     @model_validator(mode="after")
     def _server(self) -> TeacherSection:
@@ -45,6 +49,20 @@ class TeacherSection(Section):
                     f"targets.teacher.{key} is given, but targets.teacher.backend is {self.backend!r}, which asks no server; "
                     "set the backend to openai or leave the key out",
                 )
+        if self.engine and self.backend != "vllm":
+            raise contradiction(
+                ("targets.teacher.engine", "targets.teacher.backend"),
+                f"targets.teacher.engine is given, but targets.teacher.backend is {self.backend!r}; "
+                "set the backend to vllm or leave the key out",
+            )
+        if "trust_remote_code" in self.engine:
+            raise ValueError(
+                "targets.teacher.engine: trust_remote_code would run code that came with a model; leave it out"
+            )
+        if set(self.engine) & {"model", "seed"}:
+            raise ValueError(
+                "targets.teacher.engine: model is targets.teacher.model and seed is the recipe's; leave them out"
+            )
         return self
 
 

@@ -149,6 +149,8 @@ class Parrot:
             first = question.example is not None and question.example[1].endswith(" female.")
             on_answer(question, "Hm." if first else f"The speaker is {said}.", 3)
 
+    def close(self) -> None: ...
+
 
 def self_targets(
     teacher: Parrot, clips: list[dict[str, Any]], prompt: PoolPrompt, out: Path, attempts: int

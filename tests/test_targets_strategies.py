@@ -68,6 +68,8 @@ class Script:
             self.asked.append(question)
             on_answer(question, self.reply(question), 5)
 
+    def close(self) -> None: ...
+
 
 def desk_of(clips: list[dict[str, Any]], **settings: Any) -> Desk:
     questioner = Questioner(clips, "sentence", settings.pop("worked_example", True), 0)

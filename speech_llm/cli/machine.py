@@ -66,6 +66,7 @@ def bench(
     llm: Annotated[str, typer.Option(metavar="MODEL", help="another text LLM", show_default=False)] = "",
     encoder: Annotated[str, typer.Option(metavar="MODEL", help="another encoder", show_default=False)] = "",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="rows of a batch of the plain way")] = 8,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of a batch of ours")] = 512,
     profile: Annotated[
         bool, typer.Option("--profile", help="also print what the LLM's time goes to")
@@ -83,6 +84,7 @@ def bench(
         clips=4 if quick else clips,
         questions=2 if quick else questions,
         folder="",
+        batch=batch,
         batch_tokens=batch_tokens,
         precision=precision,
         llm=llm,

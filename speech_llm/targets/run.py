@@ -106,15 +106,19 @@ def write_targets(recipe: Recipe, described: Path, out_dir: Path, progress: bool
         source["backend"] = settings.teacher.backend
     if "editor" in teachers:
         source["editor"] = teachers["editor"].name
-    counts, examples = write_rows(
-        rows,
-        write,
-        teachers,
-        out_dir,
-        source=source,
-        shown=lambda row, attempt: desk.ask(row, attempt).example,
-        progress=progress,
-    )
+    try:
+        counts, examples = write_rows(
+            rows,
+            write,
+            teachers,
+            out_dir,
+            source=source,
+            shown=lambda row, attempt: desk.ask(row, attempt).example,
+            progress=progress,
+        )
+    finally:
+        for teacher in teachers.values():
+            teacher.close()
     if settings.perplexity_rows and examples:
         from speech_llm.targets.perplexity import targets_perplexity
 
@@ -176,7 +180,7 @@ def _teachers(recipe: Recipe, load: Callable[[str], Any]) -> dict[str, Teacher]:
     settings, reference = recipe.targets, recipe.model.llm
     if settings.strategy == "given":
         return {}
-    named = open_teacher(settings, reference, recipe.seed, load)
+    named = open_teacher(settings, reference, recipe.seed, load, recipe.optimizer.precision)
     if settings.strategy != "minimum_change":
         return {"llm": named}
     if named.name == reference:

@@ -52,6 +52,9 @@ class Teacher(Protocol):
     def answer(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
         """Answer every question; `on_answer` is called once for each, as soon as it is answered."""
 
+    def close(self) -> None:
+        """Let go of what answering held; nothing is asked afterwards."""
+
 
 class TransformersTeacher:
     """A text LLM in this process, in batches."""
@@ -92,13 +95,20 @@ class TransformersTeacher:
             if index not in told:  # put in the same words as another, so answered with it
                 on_answer(question, answers[index], 0)
 
+    def close(self) -> None:
+        """Nothing: who lent the LLM goes on using it."""
+
 
 def open_teacher(
-    settings: TargetsSection, llm_reference: str, seed: int, load: Callable[[str], Any]
+    settings: TargetsSection,
+    llm_reference: str,
+    seed: int,
+    load: Callable[[str], Any],
+    precision: str = "auto",
 ) -> Teacher:
     """The teacher that `targets.teacher` names; without a model of its own it is the base LLM.
 
-    `load(reference)`: the LLM and its tokenizer, for transformers. Raises `UserError` when a backend is not installed.
+    `load(reference)`: the LLM and its tokenizer, for transformers; `precision`: for vLLM. Raises `UserError` when a backend is not installed.
     """
     chosen = settings.teacher
     sampling = settings.sampling(seed)
@@ -110,7 +120,7 @@ def open_teacher(
     if backend == "vllm":
         from speech_llm.targets.teacher_vllm import VllmTeacher
 
-        return VllmTeacher(name, sampling)
+        return VllmTeacher(name, sampling, precision, chosen.engine)
     from speech_llm.targets.teacher_server import ServerTeacher
 
     if chosen.url is None:

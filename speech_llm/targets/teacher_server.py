@@ -50,3 +50,6 @@ class ServerTeacher:
             options_of=options,
             empty_counts=False,
         )
+
+    def close(self) -> None:
+        """Nothing: connections end with the questions."""
