@@ -141,10 +141,11 @@ def evaluate(
     named = [name for spec in tasks for name in names_of(spec, "--tasks")]
     harness = [name.partition(":")[2] for name in named if name.startswith("lm-eval:")]
     loaded = [task for name in named if not name.startswith("lm-eval:") for task in load_tasks(name)]
+    harness_tasks = {}
     if harness:
-        from eval.harness import check_harness
+        from eval.harness import build_harness
 
-        check_harness(harness)
+        harness_tasks = build_harness(harness)
     if join_sounds:
         from eval.joining import join_sounds as join_sounds_of
         from speech_llm.assets import cache_dir
@@ -178,12 +179,12 @@ def evaluate(
         results = evaluate_tasks(
             responder, loaded, out, limit=limit, progress=not quiet, model=_identity(model)
         )
-    if harness:
+    if harness_tasks:
         from eval.harness import run_harness
         from speech_llm.files import write_json
 
         switch = {Adapters.on: True, Adapters.off: False}.get(adapters)
-        results |= run_harness(responder, harness, out, limit=limit, adapters=switch)
+        results |= run_harness(responder, harness_tasks, out, limit=limit, adapters=switch)
         write_json(out / "results.json", results)
     typer.echo(scores_table(results))
     typer.echo(f"results: {out / 'results.json'}")
