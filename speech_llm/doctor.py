@@ -369,7 +369,8 @@ def _estimate(
 
 def _finished(recipe: Recipe, run_dir: Path | None) -> dict[str, float]:
     """Stages of the run folder that would be skipped, and the seconds they took."""
-    from speech_llm.pipeline import STAGES, finished
+    from speech_llm.pipeline import finished
+    from speech_llm.stages import STAGES
 
     done: dict[str, float] = {}
     for stage in STAGES if run_dir is not None else ():

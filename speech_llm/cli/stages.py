@@ -92,7 +92,7 @@ what it takes on disk.""",
 )
 def cache(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Encode every clip of a recipe once and keep the encoder's features."""
-    from speech_llm.pipeline import cache_features
+    from speech_llm.caching import cache_features
     from speech_llm.recipe import load_recipe
 
     run_dir = _run_stages(recipe, out, set_, quiet, "corpus")
