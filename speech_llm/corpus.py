@@ -15,7 +15,8 @@ from typing import Any
 
 from speech_llm.errors import UserError, nearest
 from speech_llm.files import read_jsonl, write_jsonl
-from speech_llm.recipe import DataSection, Recipe
+from speech_llm.recipe import Recipe
+from speech_llm.recipe_data import DataSection
 
 SPLITS = ("train", "test", "natural")
 
