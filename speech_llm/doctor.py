@@ -20,7 +20,12 @@ from speech_llm.recipe import Recipe
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "soundfile", "numpy", "onnxruntime",
 )  # fmt: skip
-EXTRAS = {"vllm": ("vllm",), "openai": ("openai",)}
+EXTRAS = {
+    "vllm": ("vllm",),
+    "openai": ("openai",),
+    "lm-eval": ("lm-eval",),
+    "tensorboard": ("tensorboard",),
+}
 
 
 def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[str, Any]:

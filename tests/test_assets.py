@@ -59,7 +59,7 @@ def test_models_load_from_the_cache_without_a_network(
     def no_network(*_: object) -> list[Path]:
         raise AssertionError("fetched again")
 
-    monkeypatch.setattr(assets, "_download", no_network)
+    monkeypatch.setattr(packages, "_download", no_network)
     assert assets.resolve(assets.WHISPER_TINY_EN) == whisper_dir
     assert assets.is_cached(assets.WHISPER_TINY_EN)
 
