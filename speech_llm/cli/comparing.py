@@ -118,7 +118,8 @@ def compare(
     from speech_llm.files import write_json
 
     results = compare_folders(first, second)
-    names = (first.name or "first", second.name or "second")
+    alike = first.resolve().name == second.resolve().name
+    names = (str(first), str(second)) if alike else (first.resolve().name, second.resolve().name)
     typer.echo(comparison_table(results, names))
     if relative:
         from eval.relative import relative_scores, relative_table
