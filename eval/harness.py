@@ -8,9 +8,8 @@ files in its form. Out: results beside those of the other tasks, and every sampl
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,52 +26,49 @@ OWN = "speech_llm_"
 
 def run_harness(
     model: Any,
-    names: Sequence[str],
+    tasks: dict[str, Any],
     out_dir: Path,
     *,
     limit: int | None = None,
     adapters: bool | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """Results of the harness's tasks by name, as `eval.runner` gives them; samples in `out_dir/lm-eval-NAME.jsonl`.
+    """Results of `build_harness`'s tasks by name, as `eval.runner` gives them; samples in `out_dir/lm-eval-NAME.jsonl`.
 
     `model.text_llm(adapters)` gives its LLM and tokenizer for the time of a block; `adapters`: on, off, or (None) as they act on
-    text. Raises `UserError` when the model has none to give, the harness is not installed, a task is unknown, or
-    its data cannot be had.
+    text. Raises `UserError` when the model has none to give or the harness cannot ask a task.
     """
     if not hasattr(model, "text_llm"):
         raise UserError(
             "lm-eval tasks need the LLM itself, which this model does not give (a server gives texts only); "
             "leave them out, or name a checkpoint or text:LLM"
         )
-    tasks, manager = check_harness(names)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with model.text_llm(adapters) as (llm, tokenizer), _explained(names):
+    with model.text_llm(adapters) as (llm, tokenizer), _explained(tasks):
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=llm, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=tasks,
+            tasks=list(tasks.values()),
             limit=limit,
-            task_manager=manager,
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
             bootstrap_iters=0,
             log_samples=True,
         )
     assert found is not None
     results: dict[str, dict[str, Any]] = {}
     for name, metrics in found["results"].items():
-        samples = found["samples"].get(name, [])
-        if not samples:  # a group of tasks, whose members stand by themselves
-            continue
+        samples = found["samples"][name]
         write_jsonl(out_dir / f"lm-eval-{name}.jsonl", (_sample(row) for row in samples))
         results[f"lm-eval:{name.removeprefix(OWN)}"] = _result(metrics, len(samples))
     return results
 
 
-def check_harness(names: Sequence[str]) -> tuple[list[Any], Any]:
-    """The tasks in the harness's form and its task manager, their data fetched.
+def build_harness(names: Sequence[str]) -> dict[str, Any]:
+    """The harness's tasks by their own names, those of groups among them, with their data fetched.
 
-    Called before anything is asked, so that a wrong name costs no work. Raises `UserError` as `run_harness` does.
+    Called before anything is asked, so that a wrong name costs no work. Raises `UserError` when the harness is not installed, a
+    task is unknown, or its data cannot be had.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -84,13 +80,11 @@ def check_harness(names: Sequence[str]) -> tuple[list[Any], Any]:
     tasks = [_task(name) for name in names]
     manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
     with _explained(names):
-        load = getattr(manager, "load", None) or manager.load_task_or_group  # older versions lack the first
-        load(copy.deepcopy(tasks))
-    return tasks, manager
+        return dict(manager.load(tasks)["tasks"])
 
 
 @contextlib.contextmanager
-def _explained(names: Sequence[str]) -> Iterator[None]:
+def _explained(names: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError, OSError) as error:

@@ -9,28 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from speech_llm.audio import SUFFIXES
 from speech_llm.errors import UserError
 from speech_llm.examples import Message
 
 if TYPE_CHECKING:
     from speech_llm.responders import Responder
 
-# wav, flac, mp3 and the like: what tells `chat MODEL a.wav` (a recording) from `chat MODEL "Hello"` (a question).
-SOUND_SUFFIXES = {
-    ".wav",
-    ".flac",
-    ".mp3",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".m4a",
-    ".aac",
-    ".aif",
-    ".aiff",
-    ".webm",
-    ".mp4",
-    ".wma",
-}
 HELP = "Type a question. /audio FILE adds a recording to it, /new forgets the conversation, /quit ends."
 
 
@@ -41,7 +26,7 @@ def split_inputs(inputs: list[str]) -> tuple[list[Path], str | None]:
     """
     if not inputs:
         return [], None
-    last_is_sound = Path(inputs[-1]).suffix.lower() in SOUND_SUFFIXES or (
+    last_is_sound = Path(inputs[-1]).suffix.lower() in SUFFIXES or (
         " " not in inputs[-1] and Path(inputs[-1]).is_file()
     )
     files = inputs if last_is_sound else inputs[:-1]

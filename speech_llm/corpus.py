@@ -15,7 +15,8 @@ from typing import Any
 
 from speech_llm.errors import UserError, nearest
 from speech_llm.files import read_jsonl, write_jsonl
-from speech_llm.recipe import DataSection, Recipe
+from speech_llm.recipe import Recipe
+from speech_llm.recipe_data import DataSection
 
 SPLITS = ("train", "test", "natural")
 
@@ -39,9 +40,12 @@ def build_corpus(recipe: Recipe, out_dir: Path, progress: bool = True) -> dict[s
         seed=recipe.seed,
         progress=progress,
     )
-    return {
-        split: _count(out_dir / f"{split}.jsonl") for split in SPLITS if (out_dir / f"{split}.jsonl").exists()
-    }
+    return {table.stem: _count(table) for table in split_tables(out_dir)}
+
+
+def split_tables(folder: Path) -> list[Path]:
+    """The splits' tables that a stage left in its folder."""
+    return [path for split in SPLITS if (path := folder / f"{split}.jsonl").exists()]
 
 
 def manifest_files(recipe: Recipe) -> list[Path]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from speech_llm.grouping import Group, group_prompts, shared_length
 from speech_llm.kv_cache import Prefix, expanded, roomy_cache, run_prefix
 from speech_llm.model.masks import additive, attention_window, branch_mask, logits_only_at
 
@@ -42,18 +43,6 @@ class Prompt:
     sounds: tuple[str, ...] = ()
 
 
-@dataclass
-class Group:
-    """Prompts (by number) whose first `shared` tokens are the same."""
-
-    shared: int
-    members: list[int] = field(default_factory=list)
-
-    def shared_from(self, start: int) -> int:
-        """Where the prompts' own parts begin; one prompt shares only the first `start` tokens, as all do."""
-        return self.shared if len(self.members) > 1 else start
-
-
 def comparable_ids(prompts: Sequence[Prompt], audio_token_id: int | None = None) -> list[list[int]]:
     """The prompts' ids, audio placeholders replaced by a number of their sounds (or of the prompt, when unnamed).
 
@@ -70,38 +59,6 @@ def comparable_ids(prompts: Sequence[Prompt], audio_token_id: int | None = None)
         own = -1 - numbers.setdefault(prompt.sounds or ("", place), len(numbers))
         out.append([own if token == audio_token_id else token for token in prompt.ids])
     return out
-
-
-def shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading numbers all rows share, leaving each at least one of its own."""
-    if not rows:
-        return 0
-    first, length = rows[0], min(len(row) for row in rows) - 1
-    for row in rows:
-        length = next((i for i in range(length) if row[i] != first[i]), length)
-    return length
-
-
-def group_prompts(keys: Sequence[list[int]], start: int, longest: int = 512) -> list[Group]:
-    """Groups of prompts that share more than their first `start` numbers, chosen to save the most computation.
-
-    In sorted order a prompt joins the group before it when that saves tokens; no group is longer than `longest`.
-    """
-    groups: list[Group] = []
-    for number in sorted(range(len(keys)), key=lambda i: keys[i]):
-        key = keys[number]
-        if groups:
-            group = groups[-1]
-            together = min(group.shared, shared_length([keys[group.members[0]], key]))
-            count = len(group.members)
-            before, after = (group.shared - start) * (count - 1), (together - start) * count
-            size = together - start + sum(len(keys[i]) - together for i in (*group.members, number))
-            if after > before and size <= longest:
-                group.members.append(number)
-                group.shared = together
-                continue
-        groups.append(Group(len(key) - 1, [number]))
-    return groups
 
 
 @torch.inference_mode()

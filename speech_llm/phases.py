@@ -29,10 +29,17 @@ def phase_dir(run_dir: Path, number: int, phase: Recipe) -> Path:
     return run_dir / "phases" / f"{number + 1}-{phase.phase_name}"
 
 
-def run_phases(recipe: Recipe, run_dir: Path, until: str, run: RunStages, progress: bool) -> None:
-    """Run every phase up to `until`; after the training of all, evaluate and write `results.json`.
+def run_phases(
+    recipe: Recipe,
+    run_dir: Path,
+    until: str,
+    run: RunStages,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run every phase up to `until`; after the training of all, evaluate, write `results.json` and the report.
 
-    `run(recipe, folder, until)` runs the stages of one phase, each resuming by itself.
+    `run(recipe, folder, until)` runs the stages of one phase, each resuming by itself; `say` gets a line a phase, and the matrix.
     """
     phases = recipe.phase_recipes
     folders = [phase_dir(run_dir, number, phase) for number, phase in enumerate(phases)]
@@ -41,11 +48,18 @@ def run_phases(recipe: Recipe, run_dir: Path, until: str, run: RunStages, progre
         _reuse(phases, folders, number)
         if number:
             phase.start_from = folders[number - 1] / "model"
+        say(f"phase {phase.phase_name}")
         run(phase, folder, stage)
     if stage == "train":
         _copy(folders[-1] / "model", run_dir / "model")
     if until in ("eval", "report"):
-        write_json(run_dir / "results.json", evaluate_phases(phases, folders, progress))
+        results = evaluate_phases(phases, folders, progress)
+        write_json(run_dir / "results.json", results)
+        say(phases_table(results["phases"]))
+    if until == "report":
+        from eval.report import write_report
+
+        write_report([run_dir], run_dir / "report.html")
 
 
 def _reuse(phases: Sequence[Recipe], folders: Sequence[Path], number: int) -> None:

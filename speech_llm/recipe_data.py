@@ -1,12 +1,13 @@
-"""Sections of a recipe about rows that are read while training, and about encoder features kept on disk."""
+"""Sections of a recipe about its clips, about rows that are read while training, and about encoder features kept on disk."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from speech_llm.recipe_section import Section, Share, Text, contradiction
+from speech_llm.recipe_section import NotNegative, Positive, Section, Share, Text, contradiction
 
 
 class CacheSection(Section):
@@ -57,6 +58,86 @@ class RowsSource(Section):
             raise contradiction(
                 ("share",),
                 "share is for a dataset that is streamed; rows of a path are gone through once an epoch",
+            )
+        return self
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, (str, int, float, bool)):
+        raise PydanticCustomError(
+            "plain", "expected a text, a number, true or false", {"expected": "a plain value"}
+        )
+    return value
+
+
+# A column's value, or several of which any will do.
+Wanted = Annotated[
+    Any,
+    BeforeValidator(lambda value: [_plain(v) for v in value] if isinstance(value, list) else _plain(value)),
+]
+
+
+class Synthesize(Section):
+    corpus: Literal["quickstart"] = Field(default="quickstart", description="which corpus to synthesise")
+    train_clips: Positive = Field(default=1240, description="clips to learn from")
+    test_clips: Positive = Field(default=240, description="clips of other voices and sentences to test on")
+    natural_clips: NotNegative = Field(default=60, description="clips of natural voices to test on; 0 = none")
+
+
+class DataSection(Section):
+    synthesize: Synthesize | None = Field(default=None, description="make the clips here (then no manifests)")
+    manifests: Annotated[list[Text], BeforeValidator(_one_or_more)] | None = Field(
+        default=None, description="JSONL manifests of recordings with labels (then no synthesize)"
+    )
+    train: dict[str, Wanted] | None = Field(
+        default=None, description="columns and values of a training line: {split: train}"
+    )
+    test: dict[str, Wanted] | None = Field(
+        default=None, description="columns and values of a test line: {split: dev}"
+    )
+    require: Annotated[list[Text], BeforeValidator(_one_or_more)] = Field(
+        default_factory=list, description="a line that lacks one of these columns is left out and counted"
+    )
+    limit: Positive | None = Field(
+        default=None, description="at most so many clips per split, for a first look"
+    )
+    max_duration_s: float = Field(
+        default=30.0, gt=0, le=30, description="longer clips are left out and counted, seconds"
+    )
+    stream: bool = Field(
+        default=False,
+        description="render rows when their step comes: training begins at once and memory stays flat however many they are",
+    )
+    rows: list[RowsSource] = Field(
+        default_factory=list,
+        description="rows that are trained on as they are, beside the targets' and the mixture's; needs stream",
+    )
+    step_rows: Positive = Field(default=64, description="rows of an optimiser step, with stream")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if self.synthesize is not None and self.manifests is not None:
+            raise contradiction(
+                ("data.manifests", "data.synthesize"),
+                "data.synthesize and data.manifests are both given; keep one "
+                "(on the command line: --set data.synthesize=null)",
+            )
+        if self.synthesize is None and not self.manifests:
+            raise contradiction(
+                ("data.synthesize", "data.manifests"),
+                "neither data.synthesize nor data.manifests is given; name manifests "
+                "(--set data.manifests=[my/metadata.jsonl]) or synthesise a corpus",
+            )
+        if self.manifests and (not self.train or not self.test):
+            missing = "train" if not self.train else "test"
+            raise contradiction(
+                ("data.manifests",),
+                f"data.manifests needs data.train and data.test to tell the splits apart, and data.{missing} is missing; "
+                "for example train: {split: train} and test: {split: dev}",
             )
         return self
 

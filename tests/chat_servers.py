@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 # What a request's chat is answered with: a text, or an HTTP status.
 Reply = Callable[[list[dict[str, Any]]], "str | int"]
 
@@ -39,8 +41,18 @@ def said(messages: list[dict[str, Any]]) -> str:
 
 
 @contextlib.contextmanager
+def quick_retries() -> Iterator[None]:
+    """OpenAI's client asks again after a hundredth of a second, for the time of a block."""
+    from openai import _base_client
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
+        yield
+
+
+@contextlib.contextmanager
 def chat_server(reply: Reply) -> Iterator[ChatStub]:
-    """The server for the time of a block."""
+    """The server for the time of a block, in which clients are quick to ask again."""
     stub = ChatStub(reply)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -82,7 +94,7 @@ def chat_server(reply: Reply) -> Iterator[ChatStub]:
         def handle_error(self, *_: Any) -> None:
             """A client that hangs up is no news."""
 
-    with Server(("127.0.0.1", 0), Handler) as running:
+    with quick_retries(), Server(("127.0.0.1", 0), Handler) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         stub.url = f"http://127.0.0.1:{running.server_port}/v1"

@@ -70,8 +70,17 @@ def probes_at(kept: float, learned: float, divergence: float) -> dict[str, Any]:
     }
 
 
-def make_run(folder: Path, *, skill: float, kept: list[float], seed: int = 0, n: int = 24) -> Path:
-    """A run whose model is right with probability `skill`; `kept[e]` is what its probes keep after epoch e."""
+def make_run(
+    folder: Path,
+    *,
+    skill: float,
+    kept: list[float],
+    seed: int = 0,
+    n: int = 24,
+    recipe: dict[str, Any] | None = None,
+) -> Path:
+    """A run whose model is right with probability `skill`; `kept[e]` is what its probes keep after epoch e; `recipe`: what its
+    manifests tell beside the seed."""
     rng = random.Random(seed)
     sounds = folder.parent / "sounds"
     sounds.mkdir(parents=True, exist_ok=True)
@@ -168,7 +177,7 @@ def make_run(folder: Path, *, skill: float, kept: list[float], seed: int = 0, n:
         log.append({"probe": probes[epoch], "probe_seconds": {"json": 2.0, "general": 1.0}, "epoch": epoch})
     write_jsonl(folder / "train" / "log.jsonl", log)
     for stage, seconds in (("corpus", 20.5), ("targets", 130.0), ("train", 300.0), ("eval", 90.0)):
-        write_json(
-            folder / stage / "manifest.json", {"seconds": seconds, "counts": {"kept": 90, "asked": 100}}
-        )
+        told = {} if recipe is None else {"version": 1, "recipe": {"seed": seed, **recipe}}
+        counts = {"kept": 90, "asked": 100}
+        write_json(folder / stage / "manifest.json", {"seconds": seconds, "counts": counts, **told})
     return folder

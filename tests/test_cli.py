@@ -18,6 +18,7 @@ from speech_llm.chat import session, split_inputs
 from speech_llm.cli import _exit_code
 from speech_llm.errors import UserError
 from speech_llm.files import write_json, write_jsonl
+from speech_llm.stages import STAGE_NAMES, STAGES, Stage
 from speech_llm.summary import results_table, scores_table
 
 VERBS = (
@@ -63,18 +64,18 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stand-ins for the stages; the list says which ran."""
     ran: list[str] = []
 
-    def stand_in(name: str, outputs: tuple[str, ...]) -> pipeline.Stage:
+    def stand_in(name: str, outputs: tuple[str, ...]) -> Stage:
         def run(recipe: Any, run_dir: Path, progress: bool) -> dict[str, Any]:
             ran.append(name)
             for output in outputs:
                 write_json(run_dir / output, RESULTS)
             return {"clips": 3}
 
-        real = next(stage for stage in pipeline.STAGES if stage.name == name)
-        return pipeline.Stage(name, 1, lambda r: {"seed": r.seed}, lambda r, run: [], run, outputs, real.when)
+        real = next(stage for stage in STAGES if stage.name == name)
+        return Stage(name, 1, lambda r: {"seed": r.seed}, lambda r, run: [], run, outputs, real.when)
 
     outside = {"eval": ("results.json",), "report": ("report.html",)}
-    made = tuple(stand_in(name, outside.get(name, ())) for name in pipeline.STAGE_NAMES)
+    made = tuple(stand_in(name, outside.get(name, ())) for name in STAGE_NAMES)
     monkeypatch.setattr(pipeline, "STAGES", made)
     return ran
 
@@ -175,13 +176,13 @@ def test_run_prints_the_results_and_where_the_report_is(
 ) -> None:
     assert _exit_code(["run", "small.yaml", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert stages == [name for name in pipeline.STAGE_NAMES if name != "mixture"]
+    assert stages == [name for name in STAGE_NAMES if name != "mixture"]
     assert "[1/6] corpus: done in" in said
     assert "report: runs/small/report.html" in said
     rows = [line.split() for line in said.splitlines()]
     assert ["gender", "seen", "40", "50.0", "55.0", "50.0", "80.0", "90.0", "80.0", "to", "95.0"] in rows
     assert _exit_code(["run", "small.yaml", "--quiet"]) == 0
-    assert stages == [name for name in pipeline.STAGE_NAMES if name != "mixture"]
+    assert stages == [name for name in STAGE_NAMES if name != "mixture"]
     assert capsys.readouterr().out.count("already done") == 6
 
 
@@ -212,9 +213,7 @@ def test_interrupt_says_how_to_go_on(
     def stop(*_: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        pipeline, "STAGES", (pipeline.Stage("report", 1, lambda r: {}, lambda r, run: [], stop),)
-    )
+    monkeypatch.setattr(pipeline, "STAGES", (Stage("report", 1, lambda r: {}, lambda r, run: [], stop),))
     monkeypatch.setattr(sys, "argv", ["speech-llm", "run", "small.yaml", "--set", "a b=c"])
     assert _exit_code(["run", "small.yaml"]) == 130
     assert "goes on from here: speech-llm run small.yaml --set 'a b=c'" in capsys.readouterr().err

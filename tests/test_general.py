@@ -12,13 +12,14 @@ from learning import tones
 from tiny_models import tiny_llm, tiny_model, tiny_tokenizer
 
 from eval.general import SETS, general_tasks, load_sets, pick, probe, probe_with_sound
-from eval.harness import run_harness
+from eval.harness import build_harness, run_harness
 from eval.runner import evaluate
 from eval.tasks import load_tasks
 from speech_llm.choosing import choose_plain, encode_pair
 from speech_llm.data.features import FeatureStore
 from speech_llm.errors import UserError
 from speech_llm.examples import user_turn
+from speech_llm.files import read_json, read_jsonl
 from speech_llm.responders import SpeechResponder, TextResponder
 
 
@@ -57,7 +58,7 @@ def test_a_choice_is_as_likely_as_the_llm_says(text_model: TextResponder) -> Non
 def test_the_harness_counts_as_we_do(text_model: TextResponder, tmp_path: Path) -> None:
     """lm-evaluation-harness on our own sets: the same likelihoods and the same accuracy."""
     names = ["arithmetic", "translation"]
-    theirs = run_harness(text_model, names, tmp_path, limit=8)
+    theirs = run_harness(text_model, build_harness(names), tmp_path, limit=8)
     ours = probe(text_model, names, limit=8)
     for name in names:
         result = theirs[f"lm-eval:{name}"]
@@ -66,18 +67,39 @@ def test_the_harness_counts_as_we_do(text_model: TextResponder, tmp_path: Path) 
         (found,) = load_sets([name])
         items = found.items[:8]
         told = text_model.choose([item.context for item in items], [item.continuations for item in items])
-        from speech_llm.files import read_jsonl
-
         rows = [row for _, row in read_jsonl(tmp_path / f"lm-eval-speech_llm_{name}.jsonl")]
         for row, values in zip(rows, told, strict=True):
             assert [likelihood for likelihood, _ in row["filtered_resps"]] == pytest.approx(values, abs=1e-3)
 
 
-def test_a_task_of_the_harness_that_is_not_there(text_model: TextResponder, tmp_path: Path) -> None:
+def test_a_task_of_the_harness_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no_such_task_at_all"):
-        run_harness(text_model, ["no_such_task_at_all"], tmp_path)
+        build_harness(["no_such_task_at_all"])
     with pytest.raises(UserError, match="no such task file"):
-        run_harness(text_model, [str(tmp_path / "absent.yaml")], tmp_path)
+        build_harness([str(tmp_path / "absent.yaml")])
+
+
+def test_the_harness_builds_a_task_once(
+    text_model: TextResponder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.task import ConfigurableTask
+    from typer.testing import CliRunner
+
+    from speech_llm.cli import app
+
+    built, download = [], ConfigurableTask.download
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        built.append(self.config.task)
+        download(self, *args, **kwargs)
+
+    monkeypatch.setattr(ConfigurableTask, "download", counted)
+    monkeypatch.setattr("speech_llm.responders.load_responder", lambda *_, **__: text_model)
+    command = ["eval", "text:any", "--tasks", "lm-eval:arithmetic,lm-eval:code", "--out", str(tmp_path), "--limit", "2"]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert set(read_json(tmp_path / "results.json")) == {"lm-eval:arithmetic", "lm-eval:code"}
+    assert built == ["speech_llm_arithmetic", "speech_llm_code"]
 
 
 def test_a_task_of_the_harness_that_is_not_there_is_told_before_anything_is_asked(
@@ -135,9 +157,7 @@ def test_the_harness_runs_with_adapters_on_and_off(speech: Any, tmp_path: Path) 
     model, _ = speech(True)
 
     def likelihoods(adapters: bool | None) -> list[Any]:
-        from speech_llm.files import read_jsonl
-
-        run_harness(model, ["arithmetic"], tmp_path, limit=2, adapters=adapters)
+        run_harness(model, build_harness(["arithmetic"]), tmp_path, limit=2, adapters=adapters)
         rows = read_jsonl(tmp_path / "lm-eval-speech_llm_arithmetic.jsonl")
         return [row["filtered_resps"] for _, row in rows]
 

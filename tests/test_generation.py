@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from speech_llm.generation import Prompt, answer_chats, comparable_ids, generate, group_prompts, shared_length
+from speech_llm.generation import Prompt, answer_chats, comparable_ids, generate
+from speech_llm.grouping import group_prompts, shared_length
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,7 @@ def strict(messages: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatStub]:
-    from openai import _base_client
-
-    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
+def server() -> Iterator[ChatStub]:
     with chat_server(strict) as stub:
         yield stub
 

@@ -17,8 +17,9 @@ from speech_llm.data.features import FeatureStore
 from speech_llm.examples import Example, read_examples, user_turn, write_examples
 from speech_llm.files import read_json, read_jsonl, write_jsonl
 from speech_llm.kv_cache import run_prefix
-from speech_llm.pipeline import STAGES, Stage, run_stages
+from speech_llm.pipeline import run_stages
 from speech_llm.recipe import Recipe, load_recipe
+from speech_llm.stages import STAGES, Stage
 from speech_llm.training.losses import cross_entropy_sum
 from speech_llm.training.rows import build_training_set
 from speech_llm.training.student import Student

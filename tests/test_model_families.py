@@ -84,6 +84,15 @@ def test_every_encoder_family_is_heard_and_saved(encoder: str, connector: str, t
     check_everything("llama", encoder, connector, tmp_path)
 
 
+def cut_holes(file: Path, layer: str) -> int:
+    """Take a layer's weights out of a file; how many they were."""
+    weights = safetensors.torch.load_file(file)
+    kept = {name: value for name, value in weights.items() if layer not in name}
+    safetensors.torch.save_file(kept, file, metadata={"format": "pt"})
+    assert len(kept) < len(weights)
+    return len(weights) - len(kept)
+
+
 def saved_llm(folder: Path) -> Path:
     tiny_llm().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -100,13 +109,8 @@ def test_a_saved_llm_loads_and_one_that_lacks_something_is_a_sentence(tmp_path: 
     with pytest.raises(UserError, match="cannot be loaded as this kind of model"):
         load_llm(str(cut.parent))
     holes = saved_llm(tmp_path / "holes") / "model.safetensors"
-    weights = safetensors.torch.load_file(holes)
-    gone = [name for name in weights if "layers.1." in name]
-    assert gone
-    safetensors.torch.save_file(
-        {name: value for name, value in weights.items() if name not in gone}, holes, metadata={"format": "pt"}
-    )
-    with pytest.raises(UserError, match=f"{len(gone)} of its weights are not in its files"):
+    gone = cut_holes(holes, "layers.1.")
+    with pytest.raises(UserError, match=f"{gone} of its weights are not in its files"):
         load_llm(str(holes.parent))
     bare = saved_llm(tmp_path / "bare")
     (bare / "model.safetensors").unlink()
@@ -128,14 +132,8 @@ def test_a_saved_encoder_loads_and_one_that_lacks_weights_is_a_sentence(family: 
     loaded, _ = load_encoder(str(tmp_path))
     whole = dict((model.model.encoder if family == "whisper" else model).named_parameters())
     assert all(torch.equal(value, whole[name]) for name, value in loaded.named_parameters())
-    file = tmp_path / "model.safetensors"
-    weights = safetensors.torch.load_file(file)
-    gone = [name for name in weights if "encoder.layers.1." in name]
-    assert gone
-    safetensors.torch.save_file(
-        {name: value for name, value in weights.items() if name not in gone}, file, metadata={"format": "pt"}
-    )
-    with pytest.raises(UserError, match=f"{len(gone)} of its weights are not in its files"):
+    gone = cut_holes(tmp_path / "model.safetensors", "encoder.layers.1.")
+    with pytest.raises(UserError, match=f"{gone} of its weights are not in its files"):
         load_encoder(str(tmp_path))
 
 

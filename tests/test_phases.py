@@ -12,8 +12,9 @@ import speech_llm.phases as phases
 from speech_llm.errors import UserError
 from speech_llm.files import read_json, write_json
 from speech_llm.phases import average_score, backward_transfer, mean_score, phases_table
-from speech_llm.pipeline import Stage, run_stages
+from speech_llm.pipeline import run_stages
 from speech_llm.recipe import Recipe, load_recipe, merged
+from speech_llm.stages import Stage
 
 TEXT = """\
 name: life

@@ -12,8 +12,9 @@ import pytest
 
 from speech_llm.errors import UserError
 from speech_llm.files import write_jsonl
-from speech_llm.pipeline import STAGE_NAMES, STAGES, Stage, run_stages
+from speech_llm.pipeline import run_stages
 from speech_llm.recipe import Recipe, load_recipe
+from speech_llm.stages import STAGE_NAMES, STAGES, Stage
 
 TEXT = """\
 name: small

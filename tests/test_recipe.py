@@ -10,18 +10,11 @@ import yaml
 from describers.compose import FORMS
 from describers.run import DEFAULT_ASR, DESCRIBERS
 from speech_llm.errors import UserError
-from speech_llm.recipe import (
-    EMBEDDED_WHISPER,
-    MEASURED,
-    PATH_KEYS,
-    DescribeSection,
-    QFormer,
-    Recipe,
-    Stack,
-    load_recipe,
-)
+from speech_llm.recipe import PATH_KEYS, Recipe, load_recipe
+from speech_llm.recipe_describe import MEASURED, DescribeSection
 from speech_llm.recipe_errors import describe_keys
 from speech_llm.recipe_learning import Lora
+from speech_llm.recipe_model import EMBEDDED_WHISPER, QFormer, Stack
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TEXT = """\

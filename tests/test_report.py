@@ -21,6 +21,7 @@ from eval.report.json_table import json_tables
 from eval.report.plane import forgotten, plane
 from eval.report.runs import read_run, read_runs
 from eval.report.scores import Cell, dimensions, over_chance, scores
+from eval.report.seeds import grouped
 from eval.report.tables import csv_rows
 from eval.stats import mcnemar
 from speech_llm.cli import _exit_code
@@ -130,7 +131,7 @@ def test_seen_and_unseen_stand_beside_chance_and_peers(run: Path) -> None:
 
 def test_a_dimension_has_its_means_over_tasks_that_all_runs_have(made: Path) -> None:
     runs, _ = read_runs([made / "a <run>", made / "naive"])
-    test, natural = dimensions(runs)
+    test, natural = dimensions(grouped(runs))
     assert (test.name, natural.name, natural.means) == ("test", "natural", [])
     assert [mean.first.kind for mean in test.means] == ["seen", "unseen"]
     for place, run in enumerate(runs):
@@ -142,7 +143,7 @@ def test_a_dimension_has_its_means_over_tasks_that_all_runs_have(made: Path) -> 
         assert cell.value == pytest.approx(sum(value["accuracy"] for value in values) / 2)
         assert cell.low == pytest.approx(sum(value["interval"][0] for value in values) / 2)
     del runs[1].models["speech_llm"]["emotion"]
-    assert dimensions(runs)[0].means == []
+    assert dimensions(grouped(runs))[0].means == []
 
 
 def test_forgetting_is_the_drop_from_what_the_base_llm_could(made: Path) -> None:
@@ -183,7 +184,7 @@ def test_the_json_table_begins_with_what_the_base_llm_could(made: Path) -> None:
 
 def test_the_plane_has_a_point_a_run_and_epoch(made: Path) -> None:
     runs, _ = read_runs([made / "a <run>", made / "naive"])
-    found = plane(runs)
+    found = plane(grouped(runs))
     assert found is not None
     assert [(point.run, point.epoch) for point in found.training] == [
         (run.name, e) for run in runs for e in range(3)
@@ -195,11 +196,11 @@ def test_the_plane_has_a_point_a_run_and_epoch(made: Path) -> None:
     answer = runs[0].probes[2]["json"]["audio answer"]
     assert found.training[2].learned == Cell(answer["value"], answer["low"], answer["high"], 40)
     runs[1].probes = []
-    alone = plane(runs)
+    alone = plane(grouped(runs))
     assert alone is not None
     assert alone.without == ["naive"]
     runs[0].probes = []
-    assert plane(runs) is None
+    assert plane(grouped(runs)) is None
 
 
 def test_rows_are_compared_on_the_same_instances_only() -> None:

@@ -27,10 +27,7 @@ pytest.importorskip("openai")
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatStub]:
-    from openai import _base_client
-
-    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
+def server() -> Iterator[ChatStub]:
     with chat_server(lambda messages: "A " + ("male" if "odd" in said(messages) else "female")) as stub:
         yield stub
 

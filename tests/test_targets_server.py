@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_servers import quick_retries
 
 from speech_llm.chat_server import NoAnswer
 from speech_llm.errors import UserError
@@ -115,16 +116,13 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Misbehaving]]]:
-    from openai import _base_client
-
-    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
+def server() -> Iterator[tuple[str, type[Misbehaving]]]:
     handler = type(
         "Handler",
         (Misbehaving,),
         {"requests": Counter(), "bodies": [], "keys": [], "release": threading.Event()},
     )
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+    with quick_retries(), http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         running.daemon_threads = True
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()

@@ -269,3 +269,8 @@ def test_score_and_compare_on_the_command_line(folder: Path, tmp_path: Path) -> 
     assert done.exit_code == 0, done.output
     assert "McNemar" in done.output
     assert read_json(tmp_path / "c.json")["AccentClassification_Tones"]["only_second"] == 2
+    assert done.output.split()[2:4] == ["a", "b"]
+    # Folders of one name are told apart by their whole paths.
+    shutil.copytree(tmp_path / "b", tmp_path / "other" / "a")
+    same = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "other" / "a")])
+    assert same.output.split()[2:4] == [str(tmp_path / "a"), str(tmp_path / "other" / "a")]

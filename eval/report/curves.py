@@ -1,6 +1,7 @@
 """Curves over the training: the loss, and each probe's series with its interval, the base LLM's own figure beside it.
 
-In: runs. Out: drawings, one small one a series, all runs in each.
+In: runs, in groups that differ in the seed only. Out: drawings, one small one a series, in each a line a group; of several seeds the
+mean, with a band from the least to the greatest.
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ from typing import Any
 
 from eval.report.plots import INK, LINE, colour_of, epoch_ticks, svg
 from eval.report.runs import Run, is_number
+from eval.report.seeds import Group, mean_losses, mean_points
 
 # What is told apart elsewhere (the JSON table), or is not asked in the plain wording, comes after the rest.
 _ASIDE = ("answer only", "format only", "other words", "in a chat")
 
 
-def learning_curve(runs: Sequence[Run]) -> str | None:
-    """Loss per step with its running mean, a line a run; of a single run also the steps on soft words before any sound.
+def learning_curve(groups: Sequence[Group]) -> str | None:
+    """Loss per step with its running mean, a line a group; of a single run also the steps on soft words before any sound.
 
     None without training steps.
     """
-    shown = [(number, run) for number, run in enumerate(runs) if _losses(run.log, "step")]
+    logs = [[_losses(run.log, "step") for run in group.runs] for group in groups]
+    shown = [(number, mean_losses(found)) for number, found in enumerate(logs) if all(found)]
     if not shown:
         return None
-    alone = len(runs) == 1
+    alone = len(groups) == len(groups[0].runs) == 1
 
     def draw(axes: Any) -> None:
-        for number, run in shown:
-            steps = _losses(run.log, "step")
-            words = _losses(run.log, "soft_step") if alone else []
+        for number, steps in shown:
+            words = _losses(groups[0].runs[0].log, "soft_step") if alone else []
             if words:
                 _loss(axes, words, 1, colour_of(1), alone)
             _loss(axes, steps, len(words) + 1, colour_of(number), alone)
@@ -54,11 +56,18 @@ def _loss(axes: Any, rows: Sequence[dict[str, Any]], first: int, colour: str, al
         for place, (before, after) in enumerate(itertools.pairwise(rows), start=first):
             if before.get("epoch") != after.get("epoch"):
                 axes.axvline(place, color=LINE, linewidth=0.8, linestyle=":")
-    smooth, mean = [], y[0]
-    for value in y:
+    axes.plot(x, _running(y), color=colour, linewidth=1.8)
+    if "least" in rows[0]:
+        least, greatest = (_running([row[name] for row in rows]) for name in ("least", "greatest"))
+        axes.fill_between(x, least, greatest, color=colour, alpha=0.16, linewidth=0)
+
+
+def _running(values: Sequence[float]) -> list[float]:
+    out, mean = [], values[0]
+    for value in values:
         mean = 0.93 * mean + 0.07 * value
-        smooth.append(mean)
-    axes.plot(x, smooth, color=colour, linewidth=1.8)
+        out.append(mean)
+    return out
 
 
 @dataclass(frozen=True)
@@ -73,17 +82,17 @@ class Panel:
     n: str
 
 
-def panels(runs: Sequence[Run]) -> list[tuple[str, list[Panel], list[Panel]]]:
+def panels(groups: Sequence[Group]) -> list[tuple[str, list[Panel], list[Panel]]]:
     """Probe by probe: the panels that show a change, and those that are flat or tell the same in other words."""
     names: dict[str, dict[str, None]] = {}
-    for run in runs:
+    for run in (run for group in groups for run in group.runs):
         for row in run.probes:
             for probe, series in row.items():
                 if probe != "epoch":
                     names.setdefault(probe, {}).update(dict.fromkeys(series))
     out = []
     for probe, series_names in names.items():
-        made = [_panel(runs, probe, name) for name in series_names]
+        made = [_panel(groups, probe, name) for name in series_names]
         first = [
             panel for panel in made if not panel.flat and not any(part in panel.series for part in _ASIDE)
         ]
@@ -116,17 +125,27 @@ def _as_text(series: str) -> str:
     return series
 
 
-def _panel(runs: Sequence[Run], probe: str, series: str) -> Panel:
-    lines = [(number, run, points(run, probe, series)) for number, run in enumerate(runs)]
+def _references(group: Group, probe: str, series: str) -> float | None:
+    """What a group's series is held against: the mean of its runs' own."""
+    held = [found[0] for run in group.runs if (found := reference(run, probe, series))]
+    return sum(held) / len(held) if held else None
+
+
+def _panel(groups: Sequence[Group], probe: str, series: str) -> Panel:
+    lines = [
+        (number, group, mean_points([points(run, probe, series) for run in group.runs]))
+        for number, group in enumerate(groups)
+    ]
     lines = [line for line in lines if line[2]]
     rates = [rate for _, _, found in lines for _, rate in found]
     share = probe != "forgetting" and all(-1e-9 <= rate["value"] <= 1 + 1e-9 for rate in rates)
     scale = 100 if share else 1
     flat = all(
         ref is not None and abs(rate["value"] - ref[0]) < 1e-9
-        for _, run, found in lines
+        for group in groups
+        for run in group.runs
         for ref in [reference(run, probe, series)]
-        for _, rate in found
+        for _, rate in points(run, probe, series)
     )
 
     def draw(axes: Any) -> None:
@@ -140,7 +159,11 @@ def _panel(runs: Sequence[Run], probe: str, series: str) -> Panel:
             elif band:
                 epoch, low, high = band[0]
                 axes.plot([epoch, epoch], [scale * low, scale * high], color=colour, alpha=0.4, linewidth=3)
-        held = {number: ref[0] for number, run, _ in lines if (ref := reference(run, probe, series))}
+        held = {
+            number: value
+            for number, group, _ in lines
+            if (value := _references(group, probe, series)) is not None
+        }
         alike = len(set(held.values())) == 1
         for number, value in list(held.items())[: 1 if alike else None]:
             axes.axhline(

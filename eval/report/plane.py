@@ -1,4 +1,4 @@
-"""The plane of learning and forgetting: a point for every run and epoch.
+"""The plane of learning and forgetting: a point for every run and epoch, of several seeds at their mean.
 
     x  forgetting: how far the probes of what the base LLM could do have dropped, mean over each probe's series, then over the probes
     y  learning: in training the JSON probe's rate of right answers on sound; at the end the tasks' mean score over chance
@@ -17,7 +17,8 @@ from typing import Any
 from eval.report.curves import points, reference
 from eval.report.plots import INK, LINE, PLACES, colour_of, svg
 from eval.report.runs import Run, is_number
-from eval.report.scores import Cell, mean_cell, over_chance, scores
+from eval.report.scores import Cell, mean_cell, over_chance, over_seeds, scores
+from eval.report.seeds import Group
 
 ANSWERS = ("json", "audio answer")
 _LEARNING = ("answer", "answer only", "format only")
@@ -25,7 +26,7 @@ _LEARNING = ("answer", "answer only", "format only")
 
 @dataclass(frozen=True)
 class Point:
-    """A run at an epoch: shares with their intervals where they have one."""
+    """A run, or a group of seeds, at an epoch: shares with their intervals where they have one."""
 
     run: str
     epoch: float
@@ -83,8 +84,9 @@ def forgotten(run: Run, epoch: float, names: Sequence[tuple[str, str]]) -> Cell 
     return mean_cell([mean_cell(cells) for cells in drops.values()])
 
 
-def plane(runs: Sequence[Run]) -> Plane | None:
-    """The plane of all runs on the series that all runs with probes have; None when there is none."""
+def plane(groups: Sequence[Group]) -> Plane | None:
+    """The plane of all groups on the series that all their runs with probes have; None when there is none."""
+    runs = [run for group in groups for run in group.runs]
     own = {run.name: retained(run) for run in runs}
     having = [run for run in runs if own[run.name]]
     if not having:
@@ -94,21 +96,11 @@ def plane(runs: Sequence[Run]) -> Plane | None:
         return None
     shared = _shared_tasks(having)
     training, end = [], []
-    for run in having:
-        last = None
-        for epoch in sorted({row["epoch"] for row in run.probes}):
-            x = forgotten(run, epoch, names)
-            if x is None:
-                continue
-            last = (epoch, x)
-            rate = dict(points(run, *ANSWERS)).get(epoch)
-            if rate:
-                y = Cell(rate["value"], _bound(rate, "low"), _bound(rate, "high"), rate.get("n"))
-                training.append(Point(run.name, epoch, x, y))
-        gain = over_chance([row for row in scores(run) if (row.task, row.kind) in shared])
-        if last and gain:
-            end.append(Point(run.name, *last, gain))
-    order = [run.name for run in runs]
+    for group in groups:
+        found = [_points_of(run, names, shared) for run in group.runs if run in having]
+        training += _over_seeds(group.name, [points for points, _ in found])
+        end += _over_seeds(group.name, [last for _, last in found])
+    order = [group.name for group in groups]
     return Plane(
         training,
         end,
@@ -119,6 +111,37 @@ def plane(runs: Sequence[Run]) -> Plane | None:
         ),
         _draw(end, order, "score over chance, points", "Learning against forgetting at the end"),
     )
+
+
+def _points_of(
+    run: Run, names: Sequence[tuple[str, str]], shared: set[tuple[str, str]]
+) -> tuple[list[Point], list[Point]]:
+    """A run's points in training, and its one at the end (none where it was not evaluated)."""
+    training, last = [], None
+    for epoch in sorted({row["epoch"] for row in run.probes}):
+        x = forgotten(run, epoch, names)
+        if x is None:
+            continue
+        last = (epoch, x)
+        rate = dict(points(run, *ANSWERS)).get(epoch)
+        if rate:
+            y = Cell(rate["value"], _bound(rate, "low"), _bound(rate, "high"), rate.get("n"))
+            training.append(Point(run.name, epoch, x, y))
+    gain = over_chance([row for row in scores(run) if (row.task, row.kind) in shared])
+    return training, [Point(run.name, *last, gain)] if last and gain else []
+
+
+def _over_seeds(name: str, found: Sequence[Sequence[Point]]) -> list[Point]:
+    """The points of several seeds' runs at their means, epoch by epoch where all have one."""
+    tables = [{point.epoch: point for point in points} for points in found]
+    out = []
+    for epoch in [epoch for epoch in tables[0] if all(epoch in table for table in tables)] if tables else []:
+        here = [table[epoch] for table in tables]
+        x, y = over_seeds([point.forgotten for point in here]), over_seeds([point.learned for point in here])
+        assert x is not None
+        assert y is not None
+        out.append(Point(name, epoch, x, y))
+    return out
 
 
 def _shared_tasks(runs: Sequence[Run]) -> set[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Tasks by dimension, with seen and unseen instructions, each beside chance, majority and what stands beside the model.
 
-In: runs. Out: rows of tables, every score a `Cell` with its interval and n.
+In: runs, in groups that differ in the seed only. Out: rows of tables, every score a `Cell` with its interval and n.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from eval.report.runs import Run, interval_of, is_number
+from eval.report.seeds import Group
 from speech_llm.summary import score_of
 
 KINDS = {"seen": "trained on", "unseen": "new", "all": "all"}
@@ -19,12 +20,16 @@ LESS_IS_BETTER = ("wer", "cer")
 
 @dataclass(frozen=True)
 class Cell:
-    """One score: share, its 95 % interval where it has one, over how many instances."""
+    """One score: share, its 95 % interval where it has one, over how many instances.
+
+    Of several `seeds`: their mean, the least and the greatest of them, and how many instances each had.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: int | None
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,25 +119,38 @@ def scores(run: Run) -> list[Score]:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A task with one kind of instruction in several runs; `cells[i]` is None where run i has none."""
+    """A task with one kind of instruction in several groups of runs; `singles[i][j]`: of run j of group i, None where it has none."""
 
-    first: Score
-    cells: list[Cell | None]
-    beside: dict[str, Cell]
+    singles: list[list[Score | None]]
+
+    @property
+    def first(self) -> Score:
+        """Of the first run that has it: chance, majority and what else is the same for all."""
+        return next(score for group in self.singles for score in group if score)
+
+    @property
+    def cells(self) -> list[Cell | None]:
+        """One a group."""
+        return [over_seeds([score.cell if score else None for score in group]) for group in self.singles]
+
+    @property
+    def beside(self) -> dict[str, Cell]:
+        """The peers' figures, each of the first group that has it."""
+        out: dict[str, Cell] = {}
+        for group in self.singles:
+            known = [score.beside for score in group if score]
+            for name in dict.fromkeys(name for beside in known for name in beside):
+                cell = over_seeds([beside.get(name) for beside in known])
+                if cell and name not in out:
+                    out[name] = cell
+        return out
 
 
-def side_by_side(runs: Sequence[Run]) -> list[SideBySide]:
-    """Every task of any of the runs; peers, chance and majority from the first run that has them."""
-    tables = [{(row.task, row.kind): row for row in scores(run)} for run in runs]
-    keys = list(dict.fromkeys(key for table in tables for key in table))
-    rows = []
-    for key in keys:
-        found = [table.get(key) for table in tables]
-        known = [row for row in found if row]
-        beside: dict[str, Cell] = {}
-        for row in known:
-            beside = row.beside | beside
-        rows.append(SideBySide(known[0], [row.cell if row else None for row in found], beside))
+def side_by_side(groups: Sequence[Group]) -> list[SideBySide]:
+    """Every task of any of the runs, dimension by dimension."""
+    tables = [[{(row.task, row.kind): row for row in scores(run)} for run in group.runs] for group in groups]
+    keys = dict.fromkeys(key for group in tables for table in group for key in table)
+    rows = [SideBySide([[table.get(key) for table in group] for group in tables]) for key in keys]
     order = list(dict.fromkeys(row.first.dimension for row in rows))
     return sorted(rows, key=lambda row: order.index(row.first.dimension))
 
@@ -146,33 +164,51 @@ class Dimension:
     means: list[SideBySide]
 
 
-def dimensions(runs: Sequence[Run]) -> list[Dimension]:
+def dimensions(groups: Sequence[Group]) -> list[Dimension]:
     """`side_by_side` under its dimensions."""
-    groups = groupby(side_by_side(runs), lambda row: row.first.dimension)
+    found = groupby(side_by_side(groups), lambda row: row.first.dimension)
     return [
         Dimension(name, rows, [mean for kind in KINDS for mean in _means(rows, kind)])
-        for name, rows in ((name, list(group)) for name, group in groups)
+        for name, rows in ((name, list(rows)) for name, rows in found)
     ]
 
 
 def _means(rows: Sequence[SideBySide], kind: str) -> list[SideBySide]:
     """The mean over the tasks that all runs have and that are no error rates; nothing of fewer than two."""
-    mine = [row for row in rows if row.first.kind == kind and not row.first.is_error and all(row.cells)]
+    mine = [
+        row
+        for row in rows
+        if row.first.kind == kind and not row.first.is_error and all(map(all, row.singles))
+    ]
     if len(mine) < 2:
         return []
-    shares = {
-        name: [value for row in mine if (value := getattr(row.first, name)) is not None]
-        for name in ("chance", "majority")
-    }
-    whole = {
-        name: sum(found) / len(found) if len(found) == len(mine) else None for name, found in shares.items()
-    }
-    peers = {name: mean_cell([row.beside.get(name) for row in mine]) for name in mine[0].beside}
+    # A mean for each run, so that the spread over seeds is that of the mean.
+    places = [[(i, j) for j in range(len(group))] for i, group in enumerate(mine[0].singles)]
+    return [SideBySide([[_mean([row.singles[i][j] for row in mine]) for i, j in group] for group in places])]
+
+
+def _mean(found: Sequence[Score | None]) -> Score | None:
+    """One run's mean over tasks; chance, majority and peers where all of them have one."""
+    rows = [row for row in found if row]
+    cell = mean_cell([row.cell for row in rows])
+    if cell is None:
+        return None
+    shares = {name: [getattr(row, name) for row in rows] for name in ("chance", "majority")}
+    whole = {name: None if None in found else sum(found) / len(rows) for name, found in shares.items()}
+    peers = {name: mean_cell([row.beside.get(name) for row in rows]) for name in rows[0].beside}
     beside = {name: cell for name, cell in peers.items() if cell}
-    cells = [mean_cell([row.cells[place] for row in mine]) for place in range(len(mine[0].cells))]
-    known = next(cell for cell in cells if cell)
-    first = Score(mine[0].first.dimension, f"mean of {len(mine)} tasks", kind, mine[0].first.metric, known, **whole, unparsed=None, missing=None, beside=beside)  # fmt: skip
-    return [SideBySide(first, cells, beside)]
+    first = rows[0]
+    return Score(first.dimension, f"mean of {len(rows)} tasks", first.kind, first.metric, cell, **whole, unparsed=None, missing=None, beside=beside)  # fmt: skip
+
+
+def over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
+    """One cell of several seeds: their mean, with the least and the greatest; of one run its own."""
+    known = [cell for cell in cells if cell]
+    if len(known) < 2:
+        return known[0] if known else None
+    values, counts = [cell.value for cell in known], {cell.n for cell in known}
+    n = counts.pop() if len(counts) == 1 else None
+    return Cell(sum(values) / len(values), min(values), max(values), n, len(values))
 
 
 def mean_cell(cells: Sequence[Cell | None]) -> Cell | None:

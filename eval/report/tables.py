@@ -14,6 +14,7 @@ from eval.report.judged import judged
 from eval.report.plane import Plane
 from eval.report.runs import Run, interval_of
 from eval.report.scores import parts_of
+from eval.report.seeds import Group
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write, read_json, write_json
 from speech_llm.summary import score_of
@@ -97,12 +98,13 @@ def json_path(page: Path, runs: Sequence[Run]) -> Path:
 
 def write_results(
     path: Path,
-    runs: Sequence[Run],
+    groups: Sequence[Group],
     aside: Sequence[tuple[Path, str]],
     compared: Sequence[Comparison],
     where: Plane | None,
 ) -> None:
     """Write all numbers of the page as JSON."""
+    runs = [run for group in groups for run in group.runs]
     value: dict[str, Any] = {
         MARK: [run.name for run in runs],
         "runs": {
@@ -117,6 +119,11 @@ def write_results(
                 "notes": run.notes,
             }
             for run in runs
+        },
+        "seeds": {
+            group.name: dict(zip((run.name for run in group.runs), group.seeds, strict=True))
+            for group in groups
+            if len(group.runs) > 1
         },
         "compared": [
             {"first": pair.first, "second": pair.second, "only_one_answered": pair.only_one}

@@ -17,6 +17,7 @@ from eval.report.judged import judged
 from eval.report.plane import plane
 from eval.report.runs import MAIN, PEERS, Run, is_number, read_runs
 from eval.report.scores import dimensions
+from eval.report.seeds import Group, grouped
 from eval.report.tables import json_path, write_csv, write_results
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write
@@ -35,18 +36,25 @@ def write_report(folders: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
     if not runs:
         raise UserError("; ".join(dict.fromkeys(reason for _, reason in aside)) or "no run folder was given")
     sounds = Sounds()
-    compared = comparisons(runs, sounds)
-    where = plane(runs)
+    groups = grouped(runs)
+    # Rows of one seed stand for those of all.
+    compared = comparisons([group.runs[0] for group in groups], sounds)
+    where = plane(groups)
     page = _template().render(
-        title=", ".join(run.name for run in runs),
-        runs=[_shown(run, sounds, None if len(runs) == 1 else CLIPS_OF_MANY) for run in runs],
+        title=", ".join(group.name for group in groups),
+        groups=groups,
+        runs=[
+            _shown(run, group, place, sounds, len(runs))
+            for place, group in enumerate(groups)
+            for run in group.runs
+        ],
         aside=aside,
-        together=dimensions(runs) if len(runs) > 1 else [],
+        together=dimensions(groups) if len(runs) > 1 else [],
         together_peers=_peers(runs),
         peers=PEERS,
-        learning=learning_curve(runs),
+        learning=learning_curve(groups),
         soft_words=len(runs) == 1 and has_soft_words(runs[0]),
-        panels=panels(runs),
+        panels=panels(groups),
         plane=where,
         compared=compared,
         costs=costs(runs),
@@ -54,7 +62,7 @@ def write_report(folders: Sequence[Path], out: Path) -> list[tuple[Path, str]]:
     with atomic_write(out) as handle:
         handle.write(page)
     write_csv(out.parent / "results.csv", runs)
-    write_results(json_path(out, runs), runs, aside, compared, where)
+    write_results(json_path(out, runs), groups, aside, compared, where)
     return aside
 
 
@@ -62,16 +70,20 @@ def _peers(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.peers))
 
 
-def _shown(run: Run, sounds: Sounds, count: int | None) -> dict[str, Any]:
+def _shown(run: Run, group: Group, place: int, sounds: Sounds, runs: int) -> dict[str, Any]:
+    """`again`: another seed of what stands above it, to be opened by those who want it; `colour`: that of its group."""
+    again = run is not group.runs[0]
     return {
         "name": run.name,
+        "again": again,
+        "colour": place % 8 + 1,
         "shown": "speech model" if run.main == MAIN else run.main,
         "facts": facts(run),
         "peers": run.peers,
-        "dimensions": dimensions([run]),
+        "dimensions": dimensions([Group(run.name, [run], [None])]),
         "json": json_tables(run),
         "phases": run.phases,
-        "clips": clips(run, sounds) if count is None else clips(run, sounds, count),
+        "clips": [] if again else clips(run, sounds) if runs == 1 else clips(run, sounds, CLIPS_OF_MANY),
         "judged": judged(run),
         "notes": run.notes,
     }

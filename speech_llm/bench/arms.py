@@ -31,8 +31,8 @@ from speech_llm.data.packing import IGNORE, pack_rows, plan_epoch
 from speech_llm.kv_cache import run_prefix
 from speech_llm.model import build_model
 from speech_llm.precision import choose_dtype, matmul_gflops
-from speech_llm.recipe import ModelSection
 from speech_llm.recipe_learning import TrainableSection
+from speech_llm.recipe_model import ModelSection
 from speech_llm.targets.score import row_logits
 from speech_llm.training.log import memory_mb
 from speech_llm.training.losses import cross_entropy_sum, kl_sum

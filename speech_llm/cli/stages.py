@@ -92,7 +92,7 @@ what it takes on disk.""",
 )
 def cache(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = False) -> None:
     """Encode every clip of a recipe once and keep the encoder's features."""
-    from speech_llm.pipeline import cache_features
+    from speech_llm.caching import cache_features
     from speech_llm.recipe import load_recipe
 
     run_dir = _run_stages(recipe, out, set_, quiet, "corpus")
@@ -116,7 +116,7 @@ def train(recipe: RecipePath, out: Out = None, set_: Set = None, quiet: Quiet = 
 @app.command(
     epilog="""\b
 Examples:
-  speech-llm export runs/quickstart/train/checkpoints/step-000150 --out models/earlier
+  speech-llm export runs/quickstart/train/checkpoints/step-000050 --out models/earlier
   speech-llm export runs/quickstart --out models/newest     # the newest checkpoint of a run that is still going on
 The best checkpoint by a probe is kept beside the newest with --set "optimizer.best=json.audio answer".""",
 )

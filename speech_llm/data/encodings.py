@@ -84,8 +84,8 @@ def main() -> None:
     if not files:
         raise SystemExit(f"{given.folder}: no sound files")
     from speech_llm.model import build_model
-    from speech_llm.recipe import ModelSection
     from speech_llm.recipe_learning import TrainableSection
+    from speech_llm.recipe_model import ModelSection
 
     try:
         model, processor = build_model(ModelSection(), TrainableSection(), dtype=torch.float32)

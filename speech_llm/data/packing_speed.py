@@ -59,8 +59,8 @@ def main() -> None:
     given = parser.parse_args()
     from speech_llm.model import build_model
     from speech_llm.precision import choose_dtype
-    from speech_llm.recipe import ModelSection
     from speech_llm.recipe_learning import Lora, TrainableSection
+    from speech_llm.recipe_model import ModelSection
 
     dtype = choose_dtype("auto")
     model, processor = build_model(

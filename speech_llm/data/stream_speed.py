@@ -50,9 +50,11 @@ def measure(path: Path, steps: int, answer: Any) -> None:
     from speech_llm.data.live import LiveFeatures
     from speech_llm.data.stream import open_stream
     from speech_llm.model import build_model
-    from speech_llm.recipe import EvalSection, ModelSection, Recipe
+    from speech_llm.recipe import Recipe
     from speech_llm.recipe_data import RowsSource
+    from speech_llm.recipe_eval import EvalSection
     from speech_llm.recipe_learning import TrainableSection
+    from speech_llm.recipe_model import ModelSection
 
     model, processor = build_model(ModelSection(), TrainableSection())
     recipe = Recipe.model_validate(

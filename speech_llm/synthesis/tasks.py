@@ -2,7 +2,7 @@
 
     manifest row (words, voice, level, noise) x task -> instruction ("... The answer could be A, B, or C.") and label
 
-In: rows of the quickstart's manifests. Out: Examples with strategy `given`, or manifest rows with a question and an answer.
+In: rows of the quickstart's manifests. Out: for each clip its questions with their answers.
 Names and form of the instructions are those of Dynamic-SUPERB (2309.09510): `Task_Dataset`, several wordings for each task, the
 possible answers at the end. This is what naive multi-task fine-tuning learns from, and forgets by. Labels come from how a clip
 was made, never from listening: where a clip is between two labels (a level that is neither quiet nor loud) it is not asked.
@@ -14,10 +14,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from speech_llm.examples import Example, user_turn
 from speech_llm.synthesis.espeak import ACCENTS
 from speech_llm.synthesis.sentences import DID, WHERE_OR_WHEN, WHO
 
@@ -370,7 +368,7 @@ TASKS: tuple[AudioTask, ...] = tuple(
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------- rows
+# ---------------------------------------------------------------- who is asked what
 
 
 def ask_clips(
@@ -390,46 +388,3 @@ def ask_clips(
             wording = used[task.name] % len(task.wordings)
             used[task.name] += 1
             yield row, task, question, wording
-
-
-def task_examples(
-    rows: Iterable[Row],
-    audio: Mapping[str, Mapping[str, Any]],
-    per_clip: int = 5,
-    seed: int = 0,
-    tasks: Sequence[AudioTask] = TASKS,
-) -> list[Example]:
-    """Examples with strategy `given`.
-
-    `rows`: of the quickstart's manifest. `audio`: clip id -> its audio part, `{"path": ..., "transcript": ...}`; clips
-    without one are left out.
-    """
-    out = []
-    for row, task, question, wording in ask_clips(
-        (row for row in rows if row["id"] in audio), per_clip, seed, tasks
-    ):
-        turns = [
-            user_turn(task.instruction(question, wording), dict(audio[row["id"]])),
-            {"role": "assistant", "content": question.label},
-        ]
-        source = {
-            "strategy": "given", "dataset": DATASET.lower(), "task": task.name, "dimension": task.dimension,
-            "prompt": f"{task.name}-{wording + 1}", "options": list(question.options), "seed": seed,
-        }  # fmt: skip
-        out.append(Example(id=f"{row['id']}/{task.name}", messages=turns, source=source))
-    return out
-
-
-def task_manifest(
-    rows: Iterable[Row], folder: Path, per_clip: int = 5, seed: int = 0, tasks: Sequence[AudioTask] = TASKS
-) -> Iterator[dict[str, Any]]:
-    """The same as manifest rows with `instruction` and `answer`, for `data.manifests`; `folder`: where `rows` lie."""
-    for row, task, question, wording in ask_clips(rows, per_clip, seed, tasks):
-        yield {
-            **row,
-            "id": f"{row['id']}/{task.name}",
-            "audio": str((folder / row["audio"]).resolve()),
-            "task": task.name,
-            "instruction": task.instruction(question, wording),
-            "answer": question.label,
-        }

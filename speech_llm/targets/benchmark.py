@@ -110,7 +110,7 @@ def _generate(llm: Any, tokenizer: Any, question: Question, max_new_tokens: int)
 def main() -> None:
     """The command line; see the top of the file."""
     from speech_llm.assets import load_answering_llm
-    from speech_llm.recipe import EMBEDDED_LLM
+    from speech_llm.recipe_model import EMBEDDED_LLM
 
     parser = argparse.ArgumentParser(
         prog="python -m speech_llm.targets.benchmark", description=(__doc__ or "").split("\n")[0]

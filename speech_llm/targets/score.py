@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from speech_llm.data.packing import IGNORE, Row, collate, constant_prefix, longest_first, pack_group
-from speech_llm.generation import group_prompts
+from speech_llm.grouping import group_prompts
 from speech_llm.kv_cache import expanded, run_prefix
 from speech_llm.model.configuration import SpeechLLMConfig
 from speech_llm.model.masks import additive, attention_window, logits_only_at, states_at
