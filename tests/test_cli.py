@@ -33,6 +33,7 @@ VERBS = (
     "judge",
     "report",
     "chat",
+    "demo",
     "doctor",
 )
 TEXT = """\
