@@ -59,6 +59,7 @@ def demo(
     api_key_env: ApiKeyEnv = None,
 ) -> None:
     """A web page on this machine on which one speaks to a model."""
+    typer.echo(f"loading {model} ...")
     from speech_llm.demo.serve import serve
 
     serve(

@@ -99,11 +99,12 @@ def read_offer(run: Path | None) -> Offer:
 
 def clip_name(attributes: dict[str, Any]) -> str:
     """What a clip is called by its labels: "female, Scottish, slow"."""
-    told = [
-        display(name, value)
-        for name, value in attributes.items()
-        if isinstance(value, str) and name != "transcript" and len(value) < 30
-    ]
+    told = []
+    for name, value in attributes.items():
+        if isinstance(value, str) and name != "transcript" and len(value) < 30:
+            word = display(name, value)
+            # "normal" alone says nothing of what.
+            told.append(f"{word} {name}" if word in ("normal", "average", "medium") else word)
     return ", ".join(told[:4])
 
 

@@ -47,7 +47,6 @@ def serve(
     offer = read_offer(run or found)
     with tempfile.TemporaryDirectory(prefix="speech-llm-demo-") as name:
         folder = Path(name)
-        say(f"loading {reference} ...")
         # Sounds that people send, and what was made of them, are gone with the folder.
         responder = load_responder(
             reference, max_new_tokens=max_new_tokens, server=server_settings, features=folder / "features"

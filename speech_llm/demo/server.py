@@ -13,10 +13,12 @@ neither ask (`Origin`) nor read, even where their name has been pointed at loopb
 
 from __future__ import annotations
 
+import errno
 import http.server
 import ipaddress
 import json
 import socket
+import socketserver
 import sys
 import threading
 import traceback
@@ -88,12 +90,17 @@ class Server(http.server.ThreadingHTTPServer):
         except socket.gaierror:
             raise UserError(f"--host {host}: this is no address of this machine") from None
         except (OSError, OverflowError) as error:
-            if getattr(error, "errno", None) == 99:
+            if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
                 raise UserError(f"--host {host}: this is no address of this machine") from None
             raise UserError(
                 f"port {port} of {host} cannot be used ({getattr(error, 'strerror', None) or error}); choose another with --port, "
                 "or --port 0 for any that is free"
             ) from None
+
+    def server_bind(self) -> None:
+        """Without asking a name server what we are called, which the library's own does."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.host, self.server_address[1]
 
     @property
     def url(self) -> str:

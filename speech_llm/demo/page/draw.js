@@ -128,12 +128,16 @@ function drawSpectrogram(canvas, samples, rate) {
   aside.height = height;
   aside.getContext('2d').putImageData(image, 0, 0);
   pen.drawImage(aside, 0, 0, columns, height, 0, 0, width, height);
-  pen.font = `${11 * scale}px system-ui, sans-serif`;
-  pen.fillStyle = css('--soft');
+  pen.font = `600 ${11 * scale}px system-ui, sans-serif`;
+  pen.fillStyle = css('--ink');
+  pen.strokeStyle = css('--paper');
+  pen.lineWidth = 3 * scale;
+  pen.lineJoin = 'round';
   pen.textBaseline = 'middle';
   for (const hz of [500, 1000, 2000, 4000]) {
     const y = (1 - mel(hz) / top) * height;
     pen.fillRect(0, y, 4 * scale, scale);
+    pen.strokeText(hz < 1000 ? `${hz} Hz` : `${hz / 1000} kHz`, 7 * scale, y);
     pen.fillText(hz < 1000 ? `${hz} Hz` : `${hz / 1000} kHz`, 7 * scale, y);
   }
 }

@@ -4,6 +4,8 @@ const at = (id) => document.getElementById(id);
 const page = { about: null, clip: null, samples: null, conversation: null, asking: null, recorder: null, turn: 0 };
 
 const say = (text) => { at('status').textContent = text; };
+// For those who do not see the page.
+const announce = (text) => { at('aloud').textContent = text; };
 function showError(id, error) {
   at(id).textContent = error ? error.message : '';
   at(id).hidden = !error;
@@ -136,7 +138,7 @@ function dropRecording() {
   if (!recorder || recorder === 'opening') return null;
   page.recorder = null;
   at('record').setAttribute('aria-pressed', 'false');
-  at('record-label').textContent = 'Record again';
+  at('record-label').textContent = 'Record';
   at('stage').querySelector('.drawing').classList.remove('live');
   return recorder.stop();
 }
@@ -171,10 +173,11 @@ function beside() {
   return [...at('beside').querySelectorAll('input:checked')].map((box) => box.value);
 }
 
+// A new question may be asked once the model has answered; what is still being written beside it then ends.
 async function ask() {
   const question = at('question').value.trim();
   showError('talk-error', null);
-  if (page.asking) return;
+  if (page.asking && !page.asking.heard) return; // the model is still answering
   if (!question) {
     showError('talk-error', new Error('Type a question, or take one of those below.'));
     at('question').focus();
@@ -188,6 +191,11 @@ async function ask() {
     at('new-tokens').focus();
     return;
   }
+  if (page.asking) {
+    page.asking.abort();
+    await page.asking.over;
+    if (page.asking) return;
+  }
   if (!page.conversation) startConversation();
   const conversation = page.conversation;
   const asked = voices.filter((voice) => voice === 'model' || (conversation.clip && beside().includes(voice)));
@@ -199,6 +207,7 @@ async function ask() {
   const turn = conversation.begin(question, asked);
   const abort = new AbortController();
   page.asking = abort;
+  abort.over = new Promise((done) => { abort.done = done; });
   at('ask').disabled = true;
   at('stop').hidden = false;
   turn.box.scrollIntoView({ block: 'nearest' });
@@ -222,8 +231,12 @@ async function ask() {
         if (conversation.clip === page.clip) tell();
         say('');
       } else if (event.event === 'begin') say('');
-      else if (event.event === 'end' && event.voice === 'model') say(`The model says: ${event.text || 'nothing'}`);
       conversation.take(turn, event);
+      if (event.event === 'end' && event.voice === 'model') {
+        announce(`The model says: ${event.text || 'nothing'}`);
+        abort.heard = true;
+        at('ask').disabled = false;
+      }
     });
   } catch (error) {
     if (error.name !== 'AbortError') showError('talk-error', error);
@@ -235,6 +248,7 @@ async function ask() {
       at('stop').hidden = true;
     }
     if (conversation === page.conversation) at('fresh').hidden = !conversation.turns.length;
+    abort.done();
   }
 }
 
@@ -330,6 +344,7 @@ async function begin() {
     at('beside').append(label);
   }
   at('beside').hidden = about.voices.length < 2;
+  at('lead-beside').hidden = about.voices.length < 3;
   offerPrompts(about.prompts);
   for (const clip of about.examples) {
     const button = Object.assign(make('button', '', clip.name), { type: 'button' });

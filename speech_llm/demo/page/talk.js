@@ -1,9 +1,9 @@
 // The conversation: what was asked, and the answers of each voice as they are written.
 
 const VOICES = {
-  model: { title: 'The model, hearing the sound', hint: '' },
-  description: { title: 'The text LLM, reading the description', hint: 'its ceiling: the same LLM, given the description in place of the sound' },
-  silent: { title: 'The text LLM, without the sound', hint: 'its floor: the same LLM, given the question alone' },
+  model: { title: 'The model, hearing the sound', short: '', hint: '' },
+  description: { title: 'Text LLM with the description', short: 'ceiling', hint: 'the same LLM, given the description in place of the sound' },
+  silent: { title: 'Text LLM without the sound', short: 'guess', hint: 'the same LLM, given the question alone' },
 };
 
 const make = (tag, name = '', text = '') => Object.assign(document.createElement(tag), { className: name, textContent: text });
@@ -29,13 +29,13 @@ class Conversation {
       const said = make('p', 'said');
       const foot = make('div', 'foot');
       const title = make('h4', '', voices.length === 1 && !this.clip ? 'The model, without a sound' : VOICES[voice].title);
-      title.title = VOICES[voice].hint;
+      if (VOICES[voice].short) title.append(make('small', '', VOICES[voice].short));
       if (number && voices.length === 2) place.classList.add('alone');
       place.append(title, said, foot);
       answers.append(place);
       places[voice] = { place, said, foot };
     });
-    this.box.append(box);
+    this.box.firstChild.after(box); // the newest is next to where it was asked
     return { turn, places, box };
   }
 
