@@ -258,6 +258,17 @@ def test_a_sound_of_ones_own_is_described_and_read(browser: Browser) -> None:
     assert files == {".wav"}  # the describers' own files are gone
 
 
+def test_of_ones_own_sound_the_runs_instructions_are_told_what_they_are_about(browser: Browser) -> None:
+    clip = browser.demo.clips.get(browser.send(tone())["id"])
+    clip.attributes = {"gender": "male", "noise": "noisy", "transcript": "hello"}
+    clip.description = "All of it."
+    reads = browser.demo.voices.reads
+    assert reads(clip, "Who?") == "A male speaker is heard."
+    assert reads(clip, "Who else?") == "All of it."
+    clip.attributes = {"noise": "noisy"}  # nothing that the run knows: better that than nothing
+    assert reads(clip, "Who?") == "The recording is noisy."
+
+
 def test_a_conversation_that_is_too_long_is_told_in_the_place_of_the_answer(browser: Browser) -> None:
     events = browser.events("/ask", clip=browser.send(tone())["id"], question="w" * 1500, max_new_tokens=9)
     [failed] = [event for event in events if event["event"] == "failed"]

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "page"
+FOLDER = Path(__file__).parent / "web"
 SCRIPTS = ("draw.js", "sound.js", "talk.js", "page.js")
 
 

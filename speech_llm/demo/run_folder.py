@@ -5,7 +5,7 @@ In: what the user named. Out: a model's reference and an `Offer`, which is empty
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class Offer:
         for prompt in [*self.trained, *self.new]:
             by_what.setdefault(prompt.asks, prompt.text)
         return list(by_what.values())[:count]
+
+    def told(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a sound's attributes those that the run's clips have: what its instructions are about, without distraction."""
+        known = {name for row in self.examples for name in row["attributes"]}
+        return {name: value for name, value in attributes.items() if name in known} or dict(attributes)
 
     def prompt(self, text: str) -> PoolPrompt | None:
         """The instruction of these words, None when it is the user's own."""

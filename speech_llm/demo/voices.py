@@ -121,7 +121,7 @@ class Voices:
         prompt = self.offer.prompt(question)
         if prompt is None or not clip.attributes:
             return clip.description
-        return self.offer.questioner.context(clip.attributes, prompt, clip.id)
+        return self.offer.questioner.context(self.offer.told(clip.attributes), prompt, clip.id)
 
     def describe(self, clip: Clip, folder: Path) -> None:
         """Let the describers tell a sound that has no description yet; `folder`: for their files. Raises `UserError`."""

@@ -91,6 +91,7 @@ async function startRecording(onLevel, onEnded) {
   stream.getTracks().forEach((track) => track.addEventListener('ended', onEnded));
   return {
     async stop() {
+      collector.port.onmessage = null; // what is still on its way would say that it is going on
       stream.getTracks().forEach((track) => track.stop());
       collector.disconnect();
       const rate = context.sampleRate;
