@@ -76,7 +76,7 @@ def describe_inputs(
     """
     out = Path(out)
     started = time.monotonic()
-    chosen = _named_describers(use, label_columns, asr, batch_size, label_maps) + list(describers or [])
+    chosen = named_describers(use, label_columns, asr, batch_size, label_maps) + list(describers or [])
     if form not in FORMS:
         raise UserError(
             f"unknown description form {form!r}; choose one of {', '.join(FORMS)}.{nearest(form, [*FORMS])}"
@@ -250,13 +250,14 @@ def decode_entry(entry: Entry) -> Clip:
         raise AudioError(entry.path, f"it cannot be decoded ({error})") from None
 
 
-def _named_describers(
+def named_describers(
     use: Sequence[str],
-    label_columns: dict[str, str] | None,
-    asr: str,
-    batch_size: int,
-    label_maps: Mapping[str, LabelMap] | None,
+    label_columns: dict[str, str] | None = None,
+    asr: str = DEFAULT_ASR,
+    batch_size: int = 48,
+    label_maps: Mapping[str, LabelMap] | None = None,
 ) -> list[Describer]:
+    """The describers of these names, ready to be used again and again; arguments as of `describe_inputs`, which raises what this raises."""
     made: list[Describer] = []
     for name in use:
         if name == "duration":

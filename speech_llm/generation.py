@@ -74,6 +74,7 @@ def generate(
     batch_tokens: int = 4096,
     audio_token_id: int | None = None,
     on_done: Callable[[int, list[int]], None] | None = None,
+    on_token: Callable[[int, list[int]], None] | None = None,
     top_k: int = 0,
 ) -> list[list[int]]:
     """Answer every prompt; greedy when `temperature` is 0, else nucleus sampling with one seed per prompt.
@@ -81,6 +82,7 @@ def generate(
     `seed`: one for all (prompt i draws from seed + i), or each prompt's own.
     `batch_tokens` bounds rows x (longest prompt + answer) of a batch. `on_done(index, ids)` is called
     as soon as a prompt's answer is complete (progress bars, saving). The stop token is not part of the answer.
+    `on_token(index, ids)` is called with an answer that has grown by a token; what it raises ends the generation.
     A row's result does not depend on its batch-mates beyond rounding: padding is masked, positions are its own,
     and sampling draws from a generator of its own. `top_k`: sample among the k likeliest tokens only; 0 = all.
     """
@@ -105,7 +107,12 @@ def generate(
         members, logits, layers, mask = _prefill(llm, prompts, batch, start, prefix, batch_tokens, packable)
         generators = [torch.Generator().manual_seed(seeds[i]) for i in members] if temperature > 0 else None
         sample = _Sampler(temperature, top_p, generators, top_k)
-        for row, ids in _decode(llm, logits, layers, mask, sample, stop, max_new_tokens):
+
+        def grown(row: int, ids: list[int], members: list[int] = members) -> None:
+            if on_token is not None:
+                on_token(members[row], ids)
+
+        for row, ids in _decode(llm, logits, layers, mask, sample, stop, max_new_tokens, grown):
             answers[members[row]] = ids
             if on_done is not None:
                 on_done(members[row], ids)
@@ -263,8 +270,9 @@ def _decode(
     sample: _Sampler,
     stop_ids: set[int],
     max_new_tokens: int,
+    grown: Callable[[int, list[int]], None],
 ) -> Iterator[tuple[int, list[int]]]:
-    """Answer rows token by token; yields (row, ids) as rows end."""
+    """Answer rows token by token; yields (row, ids) as rows end, and tells `grown` of each token."""
     cache = roomy_cache(layers)
     device = logits.device
     alive = list(range(len(logits)))
@@ -278,6 +286,7 @@ def _decode(
                 continue
             if token not in stop_ids:
                 answers[row].append(token)
+                grown(row, answers[row])
             if token in stop_ids or step + 1 == max_new_tokens:
                 done[row] = True
                 yield row, answers[row]

@@ -31,6 +31,7 @@ from speech_llm.examples import Message, audio_parts
 from speech_llm.files import read_json
 from speech_llm.generation import Prompt, answer_chats, end_of_turn_ids, generate
 from speech_llm.served import load_served
+from speech_llm.streaming import Drawing, OnText, Streamed, stream_chat, stream_prompt
 from speech_llm.targets.score import score_answers
 
 OnAnswer = Callable[[int, str], None]
@@ -118,6 +119,10 @@ class TextResponder:
         self._answered.update(zip((keys[i] for i in new), answers, strict=True))
         return [self._answered[key] for key in keys]
 
+    def stream(self, conversation: list[Message], drawing: Drawing, on_text: OnText) -> Streamed:
+        """One answer, told while it is written; see `speech_llm.streaming`."""
+        return stream_chat(self.llm, self.tokenizer, self.chat(conversation), drawing, on_text)
+
     def choose(
         self, contexts: Sequence[str | list[Message]], choices: Sequence[Sequence[str]]
     ) -> list[list[float]]:
@@ -192,6 +197,21 @@ class SpeechResponder:
                         on_done=done,
                     )
         return [answered[first_of[key]] for key in keys]
+
+    @torch.inference_mode()
+    def stream(self, conversation: list[Message], drawing: Drawing, on_text: OnText) -> Streamed:
+        """One answer, told while it is written; see `speech_llm.streaming`."""
+        self.model.eval()
+        [prompt] = self._prompts([self._with_transcripts(conversation)])
+        with self._adapters(bool(prompt.sounds)):
+            return stream_prompt(
+                self.model.llm,
+                self.processor.tokenizer,
+                prompt,
+                drawing,
+                on_text,
+                self.model.config.audio_token_id,
+            )
 
     def choose(
         self, contexts: Sequence[str | list[Message]], choices: Sequence[Sequence[str]]
@@ -303,8 +323,12 @@ def load_responder(
     max_new_tokens: int = 128,
     batch_tokens: int = 4096,
     server: ServerSettings | None = None,
+    features: Path | None = None,
 ) -> Responder:
-    """The responder for a model's name as the command line takes it; see the head of this file. `server`: how one is asked."""
+    """The responder for a model's name as the command line takes it; see the head of this file.
+
+    `server`: how one is asked. `features`: see `load_speech_model`.
+    """
     from speech_llm.assets import load_answering_llm
 
     kind, _, reference = model.partition(":")
@@ -324,7 +348,7 @@ def load_responder(
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
         )
-    return load_speech_model(model, max_new_tokens, batch_tokens)
+    return load_speech_model(model, max_new_tokens, batch_tokens, features=features)
 
 
 def load_speech_model(
@@ -332,8 +356,9 @@ def load_speech_model(
     max_new_tokens: int = 128,
     batch_tokens: int = 4096,
     dtype: torch.dtype | None = None,
+    features: Path | None = None,
 ) -> SpeechResponder:
-    """A trained checkpoint as a responder."""
+    """A trained checkpoint as a responder. `features`: where those of sounds are kept (default: the cache of all runs)."""
     from speech_llm.assets import cache_dir, resolve
     from speech_llm.model import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
     from speech_llm.precision import choose_dtype
@@ -348,5 +373,7 @@ def load_speech_model(
     # The features are kept as they were in training, under the bound that the user set there.
     training = folder / "training.json"
     cache = read_json(training).get("cache", {}) if training.exists() else {}
-    features = FeatureStore(cache_dir() / "features", model, processor, model.config.encoding, **cache)
-    return SpeechResponder(model, processor, features, max_new_tokens, batch_tokens)
+    store = FeatureStore(
+        features or cache_dir() / "features", model, processor, model.config.encoding, **cache
+    )
+    return SpeechResponder(model, processor, store, max_new_tokens, batch_tokens)

@@ -17,6 +17,7 @@ from speech_llm.audio import wav_bytes
 from speech_llm.chat_server import ChatServer, Messages, NoAnswer, ServerGone, ServerSettings
 from speech_llm.errors import UserError
 from speech_llm.examples import Message
+from speech_llm.streaming import Drawing, OnText, Streamed
 
 # Decoders of rare formats warn through Python's one list of filters, which threads must not change at once.
 _decoding = threading.Lock()
@@ -91,6 +92,27 @@ class ServedResponder:
             if key not in answers:
                 self.failures[failed[key].why if key in failed else _NOT_ASKED] += 1
         return [answers.get(key) for key in keys]
+
+    def stream(self, conversation: list[Message], drawing: Drawing, on_text: OnText) -> Streamed:
+        """One answer, which a server tells at once and not while it is written. Raises `UserError` where there is none."""
+        asked = conversation if self.as_text is None else self.as_text(conversation)
+        got: list[str | NoAnswer] = []
+        options: dict[str, float] = {"temperature": drawing.temperature}
+        if drawing.temperature > 0:
+            options |= {"top_p": drawing.top_p, "seed": drawing.seed}
+        self.server.ask_all(
+            1,
+            lambda _: with_sounds(asked),
+            lambda _, answer, __: got.append(answer),
+            max_tokens=drawing.max_new_tokens,
+            options_of=lambda _: options,
+        )
+        answer = got[0]
+        if isinstance(answer, NoAnswer):
+            detail = f", {answer.detail}" if answer.detail else ""
+            raise UserError(f"{self.server.url}: there was no answer ({answer.why}{detail})")
+        on_text(answer)
+        return Streamed(answer)
 
     def trouble(self) -> str | None:
         """What was not answered and why, in one sentence; None when everything was."""

@@ -34,6 +34,7 @@ VERBS = (
     "judge",
     "report",
     "chat",
+    "demo",
     "doctor",
 )
 TEXT = """\

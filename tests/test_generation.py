@@ -35,6 +35,27 @@ def test_greedy_answers_equal_the_library_one_by_one(llm: LlamaForCausalLM) -> N
         assert answer == (want[: want.index(2)] if 2 in want else want)
 
 
+def test_every_token_is_told_and_whoever_is_told_may_end_it(llm: LlamaForCausalLM) -> None:
+    prompts = [Prompt(ids) for ids in PROMPTS]
+    grown: dict[int, list[list[int]]] = {}
+    got = generate(
+        llm,
+        prompts,
+        stop_ids=[2],
+        max_new_tokens=6,
+        on_token=lambda i, ids: grown.setdefault(i, []).append([*ids]),
+    )
+    for place, ids in enumerate(got):
+        assert grown.get(place, []) == [ids[: length + 1] for length in range(len(ids))]
+
+    def enough(_: int, ids: list[int]) -> None:
+        if len(ids) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        generate(llm, prompts, stop_ids=[], max_new_tokens=6, on_token=enough)
+
+
 def test_rows_that_end_leave_the_batch_and_change_nothing(llm: LlamaForCausalLM) -> None:
     free = generate(llm, [Prompt(ids) for ids in PROMPTS], stop_ids=[], max_new_tokens=12)
     stops = [free[0][3], free[2][5]]

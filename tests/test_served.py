@@ -22,6 +22,7 @@ from speech_llm.cli import _exit_code
 from speech_llm.errors import UserError
 from speech_llm.files import read_json, read_jsonl, write_jsonl
 from speech_llm.responders import load_responder
+from speech_llm.streaming import Drawing
 
 pytest.importorskip("openai")
 
@@ -79,6 +80,24 @@ def test_the_server_gets_the_sound_and_a_greedy_request(server: ChatStub, sound:
     assert (rate, samples.shape) == (16000, (16000,))
     assert np.abs(samples).max() == pytest.approx(0.3, abs=0.02)
     assert by_text["even?"]["messages"] == [{"role": "user", "content": "even?"}]
+
+
+def test_one_answer_alone_is_drawn_as_asked_and_a_failure_is_a_sentence(
+    server: ChatStub, sound: Path
+) -> None:
+    model = load_responder(f"openai:{server.url}#m", server=ServerSettings(retries=0))
+    told: list[str] = []
+    drawing = Drawing(max_new_tokens=9, temperature=0.7, top_p=0.9, seed=3)
+    answer = model.stream(conversation("odd?", sound), drawing, told.append)  # type: ignore[attr-defined]
+    assert (answer.text, told) == ("A male", ["A male"])
+    body = server.bodies[0]
+    assert [body[key] for key in ("max_tokens", "temperature", "top_p", "seed")] == [9, 0.7, 0.9, 3]
+    server.reply = lambda _: 500
+    with pytest.raises(UserError, match=r"there was no answer \(HTTP 500, no, thanks\)"):
+        model.stream(conversation("odd?", sound), Drawing(), told.append)  # type: ignore[attr-defined]
+    server.reply = lambda _: "again"
+    assert model.stream(conversation("odd?", sound), Drawing(), told.append).text == "again"  # type: ignore[attr-defined]
+    assert [server.bodies[-1].get(key) for key in ("temperature", "seed")] == [0, None]
 
 
 def test_as_a_text_llm_it_reads_what_stands_in_for_the_sound(server: ChatStub, sound: Path) -> None:

@@ -21,7 +21,7 @@ from speech_llm.launch import OtherFailed, launched
 
 # isort: off
 # Importing a module adds its verbs, in the order in which `speech-llm --help` lists them.
-from speech_llm.cli import stages, describing, asking, comparing, chatting, machine  # noqa: F401
+from speech_llm.cli import stages, describing, asking, comparing, chatting, showing, machine  # noqa: F401
 # isort: on
 
 # Verbs in which all processes of a launch take part; any other is done by the main process alone.

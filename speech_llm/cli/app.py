@@ -18,6 +18,7 @@ app = typer.Typer(
 Start here:
   speech-llm run recipes/quickstart.yaml
   speech-llm chat runs/quickstart/model some.wav "What can you hear?"
+  speech-llm demo runs/quickstart --open
 Each command has examples: speech-llm COMMAND --help""",
     no_args_is_help=True,
     add_completion=False,

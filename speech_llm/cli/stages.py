@@ -56,6 +56,7 @@ def run(
     typer.echo(f"\n{results_table(results)}\n")
     typer.echo(f"report: {run_dir / 'report.html'}")
     typer.echo(f'try it: speech-llm chat {run_dir / "model"} some.wav "What can you hear?"')
+    typer.echo(f"on a page: speech-llm demo {run_dir} --open")
 
 
 @app.command(

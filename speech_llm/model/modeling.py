@@ -276,10 +276,12 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
     @property
     def text_path_is_base(self) -> bool:
         """Whether conversations without audio are answered by the base LLM, whatever is trained."""
-        own_frozen = not any(
-            p.requires_grad for name, p in self.llm.named_parameters() if "lora_" not in name
-        )
-        return own_frozen and (self.config.lora is None or self.config.gate_adapters)
+        return self.llm_is_base and (self.config.lora is None or self.config.gate_adapters)
+
+    @property
+    def llm_is_base(self) -> bool:
+        """Whether the LLM without its adapters is the one that it was built on: its own weights are not trained."""
+        return not any(p.requires_grad for name, p in self.llm.named_parameters() if "lora_" not in name)
 
     def adapters_for(self, has_audio: bool | Tensor) -> contextlib.AbstractContextManager[None]:
         """For calls of `model.llm`: adapters as they are for rows with (True) or without audio, or row by row (rows,).
