@@ -82,6 +82,13 @@ class VllmTeacher:
             self._answer(questions[:middle], on_answer)
             self._answer(questions[middle:], on_answer)
             return
+        except Exception as error:
+            if type(error).__name__ != "EngineDeadError":  # its module has moved between versions
+                raise
+            raise UserError(
+                f"{self.name}: vLLM's engine has died (its own messages are above; memory and time-outs are the usual causes); "
+                "what was answered is kept, and the same command goes on"
+            ) from error
         for question, output in zip(questions, outputs, strict=True):
             best = output.outputs[0]
             on_answer(question, best.text.strip(), len(best.token_ids))
