@@ -77,13 +77,19 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: not a whole checkpoint ({error})") from None
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
-    """Restore the optimiser; `names` are the trained parameters in its order. Shards take their part."""
-    tensors = safetensors.torch.load_file(path / "optimizer.safetensors")
+def read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint's optimiser kept of each parameter: name -> key -> tensor."""
     entries: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for key, value in safetensors.torch.load_file(path / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("|")
         entries.setdefault(name, {})[kind] = value
+    return entries
+
+
+def load_optimizer(
+    entries: dict[str, dict[str, Tensor]], optimizer: torch.optim.Optimizer, names: list[str]
+) -> None:
+    """Restore the optimiser from `read_moments`; `names` are the trained parameters in its order. Shards take their part."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, parameter in zip(names, parameters, strict=True):
         if name in entries:

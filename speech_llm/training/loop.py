@@ -31,9 +31,7 @@ from speech_llm.training.best import Best
 from speech_llm.training.checkpoint import (
     export_checkpoint,
     latest_checkpoint,
-    load_optimizer,
     load_weights,
-    optimizer_tensors,
     save_checkpoint,
     save_form,
 )
@@ -122,7 +120,16 @@ def train(
             )
     feed = Feed(features, 0 if isinstance(features, LiveFeatures) else settings.workers)
     prefix = run_prefix(model.llm, data.prefix)
-    student = Student(model, processor, features, prefix, len(data.prefix), feed)
+    student = Student(
+        model,
+        processor,
+        features,
+        prefix,
+        len(data.prefix),
+        feed,
+        processes.most_logits,
+        every_layer=processes.sharded,
+    )
     judge = verify_answers(data) if recipe.style == "rollout" else None
     if main and not recipe.data.stream:
         write_jsonl(out_dir / "rejects.jsonl", [*rejects, *data.rejects])
@@ -139,7 +146,7 @@ def train(
         tqdm.write(
             f"{len(mute):,} rows have no sound: the LLM answers them as the base LLM does, so they teach nothing"
         )
-    processes.check(recipe, len(mute))
+    processes.check(recipe)
     checkpoints = out_dir / "checkpoints"
     found = latest_checkpoint(checkpoints)
     processes.wait()  # all have looked before any writes
@@ -206,13 +213,13 @@ def train(
     processes.shard(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, names = make_optimizer(model, settings, one_by_one=processes.sharded)
-    if found is not None:
-        load_optimizer(found, optimizer, names)
+    sizes = model.count_parameters()
+    processes.begin(model, optimizer, names, settings.clip, found)
 
     def checkpoint(step: int) -> None:
         state.update(log_rows=log.rows, best=best.state)
-        weights = processes.whole(model.trained_state_dict())
-        moments = processes.whole(optimizer_tensors(optimizer, names))
+        weights = processes.weights(model.trained_state_dict())
+        moments = processes.moments(optimizer, names)
         if main:
             save_checkpoint(checkpoints, step, weights, moments, state, settings.keep, best.step)
         processes.wait()
@@ -275,7 +282,7 @@ def train(
         "teach_nothing": len(mute),
         "steps": len(steps),
         "epochs": settings.epochs,
-        "parameters": model.count_parameters(),
+        "parameters": sizes,
         "parts": parts,
         "dtype": str(dtype).removeprefix("torch."),
         "align": state["align"],

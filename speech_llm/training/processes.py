@@ -2,7 +2,8 @@
 
 Started plainly there is one process. `accelerate launch --multi_gpu` starts several with whole copies of the model (data parallel: the gradients
 of a step are summed once, at its end, after all its batches), `--use_fsdp --fsdp_version 2` several that each hold a part of every
-layer of the LLM (FSDP2, `torch.distributed.fsdp.fully_shard`; what lies outside the layers stays whole). A step's batches are dealt out among
+layer of the LLM (FSDP2, `torch.distributed.fsdp.fully_shard`; what lies outside the layers stays whole), `--use_deepspeed` several that each hold
+a part of what the optimiser keeps, or of the weights too (see `zero`). A step's batches are dealt out among
 the processes and weighted by what the whole step weighs, so the number of processes changes no token's weight.
 """
 
@@ -10,17 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from speech_llm.errors import UserError
+from speech_llm.training.answers import MOST_LOGITS
+from speech_llm.training.checkpoint import load_optimizer, optimizer_tensors, read_moments
+from speech_llm.training.zero import Zero, wanted
 
 if TYPE_CHECKING:
     from speech_llm.recipe import Recipe
+    from speech_llm.training.objectives import BatchLoss
 
 
 # The main process may encode every clip, or ask all probes, while the others wait; a process that died is seen by its launcher.
@@ -35,19 +42,15 @@ class Processes:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise UserError(
-                "training does not run under DeepSpeed, which wants to own the optimiser and the backward pass; for models larger than "
-                "a device launch with FSDP2: accelerate launch --use_fsdp --fsdp_version 2"
-            )
+        self.zero = Zero() if wanted() else None
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError("training runs under FSDP2 only: accelerate launch --use_fsdp --fsdp_version 2")
         # Every process loads the whole model: transformers else leaves weights of a model that is to be sharded out at all but the main
         # process, for accelerate to fill in.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        # The model is sharded here, layer by layer, and not by accelerate as a whole: parts of it are called on their own.
-        with _without("ACCELERATE_USE_FSDP"):
+        # The model is sharded here, and not by accelerate as a whole: parts of it are called on their own.
+        with _without("ACCELERATE_USE_FSDP"), _without("ACCELERATE_USE_DEEPSPEED"):
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),
                 log_with=_known(trackers),
@@ -57,7 +60,7 @@ class Processes:
         self.device: torch.device = self.accelerator.device
         self.main = bool(self.accelerator.is_main_process)
         self.count, self.index = int(self.accelerator.num_processes), int(self.accelerator.process_index)
-        self.sharded = self.sharded and self.count > 1
+        self.sharded = self.count > 1 and (self.sharded or (self.zero is not None and self.zero.in_parts))
         if trackers:
             self.accelerator.init_trackers("tracked")
 
@@ -80,6 +83,8 @@ class Processes:
         """End the trackers; the processes stay connected, as another phase may follow."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        if self.zero is not None:
+            self.zero.close()
 
     def mine(self, batches: Sequence[list[int]]) -> list[tuple[int, list[int], float]]:
         """(place in the step, batch, factor) of this process. Shards need the same number of batches everywhere: factor 0 fills up."""
@@ -90,30 +95,36 @@ class Processes:
 
     # ---------------------------------------------------------------- shards
 
-    def check(self, recipe: Recipe, mute: int) -> None:
+    def check(self, recipe: Recipe) -> None:
         """Raise `UserError` for what needs the whole model in one process while it is sharded."""
         if not self.sharded:
             return
-        loss = recipe.loss
+        loss, zero = recipe.loss, self.zero
         exchanged = loss.l2_start or getattr(loss, "reference", "") == "start"
         reasons = {
             "style": recipe.style == "rollout" and "answers of different lengths are sampled at each process",
             "loss": bool(exchanged or (recipe.trainable.llm and loss.asks_base))
             and "it compares with other weights",
+            "loss.top_k": (loss.type == "kl" and loss.top_k is None)
+            and "the base LLM is asked at each step, for each batch a number of times of its own; set it to a number",
+            "trainable.encoder_lora": (zero is not None and recipe.trainable.encoder_lora is not None)
+            and "the encoder, in parts too, runs where there is sound only",
             "eval.probes": bool(recipe.eval.probes)
             and "probes ask the whole model in one process; set eval.probes to []",
-            "model.gate_adapters": bool(mute)
-            and f"{mute:,} rows have no sound, so nothing is learned from them at one process only",
         }
+        instead = "without --use_fsdp" if zero is None else "with --zero_stage 2"
         for key, why in reasons.items():
             if why:
-                raise UserError(
-                    f"{key}: this recipe cannot be trained in shards ({why}); launch without --use_fsdp"
-                )
+                raise UserError(f"{key}: this recipe cannot be trained in shards ({why}); launch {instead}")
+
+    @property
+    def most_logits(self) -> float:
+        """Over how many, logits are made chunk by chunk. An output layer in parts must run as often at every process: once."""
+        return math.inf if self.sharded and self.zero is not None else MOST_LOGITS
 
     def shard(self, model: Any) -> None:
-        """Split the LLM's layers among the processes, in place. Must come before the optimiser is made."""
-        if not self.sharded:
+        """Split the LLM's layers among the processes, in place. Must come before the optimiser is made; DeepSpeed splits after that."""
+        if not self.sharded or self.zero is not None:
             return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -133,24 +144,99 @@ class Processes:
             for parameter in parameters:
                 torch.distributed.broadcast(parameter.data, 0)
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors, shards gathered. Every process must call it."""
+    def begin(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        names: list[str],
+        clip: float,
+        found: Path | None,
+    ) -> None:
+        """Make ready for steps; `names`: the parameters in the optimiser's order, `found`: a checkpoint whose optimiser goes on."""
+        if self.zero is not None:
+            self.zero.begin(model, optimizer, clip)
+            if found is not None:
+                self.zero.load_moments(read_moments(found))
+        elif found is not None:
+            load_optimizer(read_moments(found), optimizer, names)
+
+    def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same parameters, shards gathered. Every process must call it."""
+        if self.zero is not None:
+            return self.zero.weights(tensors)
         return {name: _full(value) for name, value in tensors.items()}
+
+    def moments(self, optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+        """What the optimiser keeps, shards gathered. Every process must call it."""
+        if self.zero is not None:
+            return self.zero.moments()
+        return {name: _full(value) for name, value in optimizer_tensors(optimizer, names).items()}
+
+    # ---------------------------------------------------------------- a step
+
+    def loss(self, work: Callable[[], BatchLoss]) -> BatchLoss:
+        """The loss of a batch, which `work` makes."""
+        if self.zero is None:
+            return work()
+        made: list[BatchLoss] = []
+
+        def run() -> Tensor:
+            made.append(work())
+            return made[0].loss
+
+        self.zero.run(run)
+        return made[0]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the step's loss."""
+        if self.zero is None:
+            (loss * self.loss_factor).backward()
+        else:
+            self.zero.backward(loss * self.loss_factor)
+
+    @contextlib.contextmanager
+    def accumulating(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Within it the gradients of a step are summed in this process, from none."""
+        if self.zero is not None:
+            with self.zero.accumulating():
+                yield
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], clip: float
+    ) -> float:
+        """Sum gradients over the processes, scale them down to a norm of `clip` at most, and make the optimiser's step.
+
+        Returns the norm before; where it is not finite the weights are no longer of use.
+        """
+        if self.zero is not None:
+            return self.zero.step()
+        self.sum_gradients(parameters)
+        norm = self.clip(parameters, clip)
+        if math.isfinite(norm):
+            optimizer.step()
+        return norm
 
     # ---------------------------------------------------------------- sums over processes
 
     @property
     def loss_factor(self) -> float:
-        """What a loss must be multiplied by before its gradient: FSDP means shards' gradients over the processes, and sums are wanted."""
-        return float(self.count) if self.sharded else 1.0
+        """What a loss must be multiplied by before its gradient: FSDP and DeepSpeed take the mean over processes, and sums are wanted."""
+        return float(self.count) if self.sharded or self.zero is not None else 1.0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of what every process holds whole; those of shards are summed already."""
         if self.count == 1:
             return
+        # What no process has a gradient for keeps none, so that the optimiser passes it over as it does in one process.
+        own = [parameter for parameter in parameters if not _is_shard(parameter)]
+        known = self.sums([float(parameter.grad is not None) for parameter in own])
         groups: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            if not _is_shard(parameter):
+        for parameter, anywhere in zip(own, known, strict=True):
+            if anywhere:
                 groups.setdefault(parameter.dtype, []).append(parameter)
         for group in groups.values():
             flat = torch.cat(

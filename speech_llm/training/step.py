@@ -6,6 +6,7 @@ depends neither on how the run came there nor on how many processes share it.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -67,41 +68,41 @@ class Step:
             ahead = [*(b for _, b, _ in mine), *(b for _, b, _ in processes.mine(coming))]
             feed.expect([self._clips(batch) for batch in ahead])
         weight = max(1e-9, sum(self.objective.weight(batch) for batch in batches))
-        self.optimizer.zero_grad(set_to_none=True)
         figures: dict[str, tuple[float, float]] = {}
         if self.divergence.due(number) and not processes.sharded:
             packs = [self.data.packs[i] for i in own[0]] if own else []
             figures["kl_base"] = self.divergence(packs)
-        loss, padding, tokens = 0.0, 0.0, 0
+        loss, padding, tokens, distance = 0.0, 0.0, 0, 0.0
         broken: list[str] = []
-        for place, batch, factor in mine:
-            seed_chance(f"{recipe.seed}-{number}-{place}")
-            done = self.objective.loss(batch, f"{recipe.seed}-{number}-{place}")
-            if not all_finite(done.loss):
-                broken += done.rows
-            if done.loss.requires_grad:  # rows that nothing trained takes part in teach nothing
-                (done.loss * (factor * processes.loss_factor / weight)).backward()
-            if factor:
-                loss += float(done.loss.detach())
-                padding += done.padding_share
-                tokens += done.answer_tokens
-                for name, (value, over) in done.figures.items():
-                    had = figures.get(name, (0.0, 0.0))
-                    figures[name] = (had[0] + value, had[1] + over)
+        with processes.accumulating(self.parameters):
+            for place, batch, factor in mine:
+                where = f"{recipe.seed}-{number}-{place}"
+                seed_chance(where)
+                done = processes.loss(functools.partial(self.objective.loss, batch, where))
+                if not all_finite(done.loss):
+                    broken += done.rows
+                if done.loss.requires_grad:  # rows that nothing trained takes part in teach nothing
+                    processes.backward(done.loss * (factor / weight))
+                if factor:
+                    loss += float(done.loss.detach())
+                    padding += done.padding_share
+                    tokens += done.answer_tokens
+                    for name, (value, over) in done.figures.items():
+                        had = figures.get(name, (0.0, 0.0))
+                        figures[name] = (had[0] + value, had[1] + over)
+            if recipe.loss.l2_start:
+                distance = self._pull_to_start()
         loss, padding, summed_tokens, count = processes.sums([loss, padding, float(tokens), float(len(own))])
         figures = self._summed(figures)
+        if recipe.loss.l2_start:
+            figures["l2_start"] = (distance, 1.0)
         if not math.isfinite(loss):
             self._stop(number, "the loss", [row for part in processes.gathered(broken) for row in part])
-        if recipe.loss.l2_start:
-            distance = self._pull_to_start()
-            figures["l2_start"] = (distance, 1.0)
-        processes.sum_gradients(self.parameters)
-        norm = processes.clip(self.parameters, recipe.optimizer.clip)
         rows = [row for batch in batches for i in batch for row in self.data.packs[i].rows]
+        rates = set_learning_rates(self.optimizer, number, total, recipe.optimizer.warmup_ratio)
+        norm = processes.update(self.optimizer, self.parameters, recipe.optimizer.clip)
         if not math.isfinite(norm):
             self._stop(number, "the gradient", rows)
-        rates = set_learning_rates(self.optimizer, number, total, recipe.optimizer.warmup_ratio)
-        self.optimizer.step()
         seconds = time.perf_counter() - started
         different = len(set(rates.values())) > 1
         return {
@@ -138,7 +139,7 @@ class Step:
         moved = {n: p for n, p in self.student.model.named_parameters() if p.requires_grad}
         distance = l2_start(moved, self.origin.began)
         if self.processes.main:
-            (self.recipe.loss.l2_start * distance).backward()
+            self.processes.backward(self.recipe.loss.l2_start * distance)
         return float(distance.detach())
 
     def _stop(self, number: int, what: str, rows: list[str]) -> None:

@@ -32,6 +32,8 @@ class Student:
     """Model, processor, features of the clips, and the prefix that all packs leave out, run already.
 
     `feed`: reads features ahead (default: when they are used). `most_logits`: over so many, logits are made chunk by chunk.
+    `every_layer`: a batch without sound runs the connector too, on a stand-in that changes nothing, and gradients go through all
+    layers: for processes that each hold a part of them, and so must all run the same.
     """
 
     model: Any
@@ -40,7 +42,8 @@ class Student:
     prefix: Prefix
     prefix_length: int
     feed: Feed | None = None
-    most_logits: int = MOST_LOGITS
+    most_logits: float = MOST_LOGITS
+    every_layer: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +84,7 @@ class Student:
         wanted = targets != IGNORE
         with states_at(llm, wanted) as found:
             logits = self._run(batch, None)[0, 0].detach()
-        chunked = in_chunks(llm, found[0], targets[wanted], logits, self.most_logits)
+        chunked = in_chunks(llm, found[0], targets[wanted], logits, int(self.most_logits))
         return Answers(*self.answer_logits(batch)) if chunked is None else chunked
 
     def _run(self, batch: PackBatch, vectors: Tensor | None, **settings: Any) -> Tensor:
@@ -89,8 +92,11 @@ class Student:
         if vectors is None:
             vectors = self.vectors(batch.clips)
         cache = expanded(self.prefix, len(ids)) if self.prefix else None
+        embeds = self.model.embed(ids, vectors)
+        if self.every_layer and vectors is None:
+            embeds = embeds + self._stand_in().to(embeds.dtype)
         logits: Tensor = self.model(
-            inputs_embeds=self.model.embed(ids, vectors),
+            inputs_embeds=embeds,
             attention_mask=batch.mask.to(self.device),
             position_ids=batch.positions.to(self.device),
             past_key_values=cache,
@@ -99,6 +105,13 @@ class Student:
             **settings,
         ).logits
         return logits
+
+    def _stand_in(self) -> Tensor:
+        """Zero, by way of the connector, and with a gradient."""
+        config = self.model.config
+        silence = torch.zeros(1, 1, len(config.taps), config.encoder_width, device=self.device)
+        vectors, _ = self.model.audio_vectors(silence, torch.ones(1, dtype=torch.long, device=self.device))
+        return torch.zeros((), device=self.device, requires_grad=True) + 0.0 * vectors.sum()
 
     def token_log_probs(self, batch: PackBatch, temperature: float = 1.0) -> Tensor:
         """(n,) log-probability of each answer token of a batch, at a temperature."""
