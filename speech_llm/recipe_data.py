@@ -154,15 +154,15 @@ def check_stream(recipe: Any) -> None:
         return
     for wrong, key, why, instead in (
         (
-            recipe.style not in ("sft", "pretrain"),
+            recipe.style == "rollout",
             "style",
-            f"style {recipe.style} scores all rows before the first step",
-            "take sft or pretrain",
+            "what judges an answer must know every value that an attribute takes in all rows",
+            "take sft, pretrain or preference",
         ),
         (
             getattr(loss, "mask", "none") != "none",
             "loss.mask",
-            "the base LLM would have to score all rows before the first step",
+            "which tokens are hard, and so what a step weighs, the base LLM would have to say of all rows before the first step",
             "set it to none",
         ),
         (

@@ -70,7 +70,9 @@ class Answers:
 def vocabulary_of(llm: Any) -> int:
     """How many logits the LLM's output layer makes at a position."""
     head = llm.get_output_embeddings()
-    return int(getattr(head, "out_features", None) or head.weight.shape[0])  # of a weight in parts the shape is no help
+    return int(
+        getattr(head, "out_features", None) or head.weight.shape[0]
+    )  # of a weight in parts the shape is no help
 
 
 def in_chunks(llm: Any, states: Tensor, targets: Tensor, first: Tensor, most_logits: int) -> Answers | None:

@@ -159,7 +159,9 @@ def train(
             ask_base(model, processor)
     if start_from is not None:
         _load_start(model, start_from)
-    state: dict[str, Any] = {"seconds": 0.0, "align": None}
+    # Streamed steps are rows, however many processes share them.
+    step_batches = None if recipe.data.stream else settings.accumulate * processes.count
+    state: dict[str, Any] = {"seconds": 0.0, "align": None, "step_batches": step_batches}
     first = 0
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if found is not None:
@@ -169,6 +171,11 @@ def train(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         first = state["step"]
+        if state.get("step_batches", step_batches) != step_batches:
+            raise UserError(
+                f"{found}: a step was {state['step_batches']} batches (processes x optimizer.accumulate) and would now be {step_batches}, "
+                f"so training would not go on as it began; launch as many processes as before, or remove {checkpoints} to start over"
+            )
     elif main:
         save_form(checkpoints, model, processor)
     if not recipe.data.stream:
@@ -318,7 +325,7 @@ def make_objective(
     if judge is not None:
         return RolloutLoss(recipe.loss, student, data, origin, judge)
     if recipe.style == "preference":
-        return PairLoss(recipe.loss, student, data, origin, out_dir, progress)
+        return PairLoss(recipe.loss, student, data, origin, out_dir, progress, recipe.data.stream)
     return TokenLoss(recipe.loss, student, data, origin, out_dir, progress)
 
 

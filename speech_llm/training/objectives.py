@@ -213,14 +213,25 @@ class TokenLoss:
 
 
 class PairLoss:
-    """DPO on packs of a right and a wrong answer; how likely the reference finds both is known before the first step."""
+    """DPO on packs of a right and a wrong answer.
+
+    How likely the reference finds both is known before the first step; of rows that are `streamed` it is asked at each step.
+    """
 
     def __init__(
-        self, settings: Any, student: Student, data: TrainingSet, origin: Origin, folder: Path, progress: bool
+        self,
+        settings: Any,
+        student: Student,
+        data: TrainingSet,
+        origin: Origin,
+        folder: Path,
+        progress: bool,
+        streamed: bool = False,
     ) -> None:
-        self.settings, self.student, self.data = settings, student, data
+        self.settings, self.student, self.data, self.origin = settings, student, data, origin
+        self.streamed = streamed
         self.reference: dict[str, float] = {}
-        if settings.reference == "context":
+        if settings.reference == "context" and not streamed:
             with origin.base():
                 scores = score_teacher(
                     student.model.llm, data.teacher, folder / "teacher.safetensors", progress=progress
@@ -234,6 +245,9 @@ class PairLoss:
     def begin(self, folder: Path, resumed: bool) -> None:
         """For reference `start`: how likely the model finds all answers now; a resumed run reads what was found then."""
         if self.settings.reference == "context":
+            return
+        if self.streamed:
+            self.origin.remember_start(folder / "start.safetensors", resumed)
             return
         path = folder / "reference.safetensors"
         names = list(self.data.rows)
@@ -260,7 +274,8 @@ class PairLoss:
         batch = self.student.batch([self.data.packs[i] for i in packs])
         log_probs = self.student.token_log_probs(batch)
         right, wrong = _row_sums(log_probs, batch).view(-1, 2).unbind(1)
-        known = torch.tensor([self.reference[row] for row in batch.rows], device=right.device)
+        found = self._asked(batch) if self.streamed else [self.reference[row] for row in batch.rows]
+        known = torch.tensor(found, device=right.device)
         known_right, known_wrong = known.to(right.dtype).view(-1, 2).unbind(1)
         loss, margins = dpo_sum(right, wrong, known_right, known_wrong, self.settings.beta)
         pairs = float(len(packs))
@@ -274,6 +289,20 @@ class PairLoss:
             loss = loss + self.settings.ce * cross_entropy
             figures["ce"] = (float(cross_entropy.detach()), pairs)
         return BatchLoss(loss, batch.rows, batch.answer_tokens, batch.padding_share, figures)
+
+    def _asked(self, batch: PackBatch) -> list[float]:
+        """How likely the reference finds each answer of a batch."""
+        model = self.student.model
+        model.eval()
+        try:
+            if self.settings.reference == "context":
+                with self.origin.base():
+                    told = score_rows(model.llm, [self.data.teacher[row] for row in batch.rows])
+                return [float(score.log_probs.sum()) for score in told]
+            with torch.no_grad(), self.origin.start():
+                return [float(x) for x in _row_sums(self.student.token_log_probs(batch), batch)]
+        finally:
+            model.train()
 
 
 def _row_sums(log_probs: Tensor, batch: PackBatch) -> Tensor:

@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,8 @@ class Processes:
             "style": recipe.style == "rollout" and "answers of different lengths are sampled at each process",
             "loss": bool(exchanged or (recipe.trainable.llm and loss.asks_base))
             and "it compares with other weights",
-            "loss.top_k": (loss.type == "kl" and loss.top_k is None)
-            and "the base LLM is asked at each step, for each batch a number of times of its own; set it to a number",
+            "loss.type": bool(loss.asks_base and (recipe.data.stream or getattr(loss, "top_k", 0) is None))
+            and "the base LLM is asked at each step, for each batch a number of times of its own",
             "trainable.encoder_lora": (zero is not None and recipe.trainable.encoder_lora is not None)
             and "the encoder, in parts too, runs where there is sound only",
             "eval.probes": bool(recipe.eval.probes)
@@ -118,9 +119,9 @@ class Processes:
                 raise UserError(f"{key}: this recipe cannot be trained in shards ({why}); launch {instead}")
 
     @property
-    def most_logits(self) -> float:
+    def most_logits(self) -> int:
         """Over how many, logits are made chunk by chunk. An output layer in parts must run as often at every process: once."""
-        return math.inf if self.sharded and self.zero is not None else MOST_LOGITS
+        return sys.maxsize if self.sharded and self.zero is not None else MOST_LOGITS
 
     def shard(self, model: Any) -> None:
         """Split the LLM's layers among the processes, in place. Must come before the optimiser is made; DeepSpeed splits after that."""

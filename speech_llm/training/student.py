@@ -42,7 +42,7 @@ class Student:
     prefix: Prefix
     prefix_length: int
     feed: Feed | None = None
-    most_logits: float = MOST_LOGITS
+    most_logits: int = MOST_LOGITS
     every_layer: bool = False
 
     @property
@@ -84,7 +84,7 @@ class Student:
         wanted = targets != IGNORE
         with states_at(llm, wanted) as found:
             logits = self._run(batch, None)[0, 0].detach()
-        chunked = in_chunks(llm, found[0], targets[wanted], logits, int(self.most_logits))
+        chunked = in_chunks(llm, found[0], targets[wanted], logits, self.most_logits)
         return Answers(*self.answer_logits(batch)) if chunked is None else chunked
 
     def _run(self, batch: PackBatch, vectors: Tensor | None, **settings: Any) -> Tensor:
@@ -92,9 +92,11 @@ class Student:
         if vectors is None:
             vectors = self.vectors(batch.clips)
         cache = expanded(self.prefix, len(ids)) if self.prefix else None
+        # Made before the embeddings, as vectors are: the order of layers must be the same too.
+        stand_in = self._stand_in() if self.every_layer and vectors is None else None
         embeds = self.model.embed(ids, vectors)
-        if self.every_layer and vectors is None:
-            embeds = embeds + self._stand_in().to(embeds.dtype)
+        if stand_in is not None:
+            embeds = embeds + stand_in.to(embeds.dtype)
         logits: Tensor = self.model(
             inputs_embeds=embeds,
             attention_mask=batch.mask.to(self.device),

@@ -113,7 +113,9 @@ class Zero:
         """Take over model and optimiser, in place. `clip`: the largest norm of a step's gradient."""
         import deepspeed
 
-        if model.device.type == "cpu":  # no search for compilers and GPUs, and nothing compiled that only inference would call
+        if (
+            model.device.type == "cpu"
+        ):  # no search for compilers and GPUs, and nothing compiled that only inference would call
             setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (a name that a class would mangle)
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for parameter in self._named.values():
@@ -156,7 +158,9 @@ class Zero:
             try:
                 yield
             except BaseException:
-                for parameter in self._named.values():  # so that nothing is left to reduce together with processes that go on
+                for parameter in (
+                    self._named.values()
+                ):  # so that nothing is left to reduce together with processes that go on
                     parameter.grad = None
                 raise
             for parameter in self._named.values():  # all processes must reduce the same
