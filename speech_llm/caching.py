@@ -12,17 +12,20 @@ from pathlib import Path
 from speech_llm.corpus import split_tables
 from speech_llm.errors import UserError
 from speech_llm.files import read_jsonl
+from speech_llm.phases import phase_dir
 from speech_llm.recipe import Recipe
 
 
 def cache_features(
     recipe: Recipe, run_dir: Path, progress: bool = True, say: Callable[[str], None] = print
 ) -> dict[str, int]:
-    """Encode every clip of a finished corpus stage into the feature cache; returns how many were new, found, rejected.
+    """Encode every clip of a finished corpus stage (of all phases) into the feature cache; returns how many were new, found, rejected.
 
     `say` gets what the features will take on disk before the first is computed, and what they take in the end.
     """
-    if recipe.trainable.encoder_lora is not None:
+    parts = [(phase, phase_dir(run_dir, i, phase)) for i, phase in enumerate(recipe.phase_recipes)]
+    folders = [folder for part, folder in parts or [(recipe, run_dir)] if part.trainable.encoder_lora is None]
+    if not folders:
         raise UserError(
             f"{recipe.path}: trainable.encoder_lora trains the encoder, so its features cannot be cached; "
             "`train` computes them as it goes"
@@ -40,7 +43,7 @@ def cache_features(
     )
     model.to(device)
     store = open_features(recipe, model, processor)
-    tables = split_tables(run_dir / "corpus")
+    tables = [table for folder in folders for table in split_tables(folder / "corpus")]
     paths = [str((table.parent / row["audio"]).resolve()) for table in tables for _, row in read_jsonl(table)]
     lengths = []
     for path in dict.fromkeys(paths):

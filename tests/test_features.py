@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from learning import QUICKSTART, asked_tones, on_tiny_models, tiny_recipe, tones
+from learning import QUICKSTART, asked_tones, on_tiny_models, saved_recipe, tiny_recipe, tones
 from tiny_models import tiny_model
 
 import speech_llm.model
@@ -268,6 +269,19 @@ def test_the_cache_verb_and_doctor_say_the_size_before_anything_is_encoded(
     live = examine(load_recipe(QUICKSTART, [*sets, "trainable.encoder_lora={rank: 2}"]))
     assert live["recipe"]["estimate"]["features_gb"] == 0
     assert any("nothing is cached" in note for note in live["recipe"]["notes"])
+
+
+def test_the_cache_verb_takes_the_clips_of_every_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPEECH_LLM_CACHE", str(tmp_path / "cache"))
+    recipe = saved_recipe(tmp_path / "saved")
+    command = ["cache", str(recipe), "--out", str(tmp_path / "run"), "--quiet"]
+    assert _exit_code(command) == 0
+    assert "clips: 12 stored, 0 found, 0 rejected" in capsys.readouterr().out
+    trained = [{"name": name, "trainable": {"encoder_lora": {"rank": 2}}} for name in ("first", "second")]
+    assert _exit_code([*command, "--set", f"phases={json.dumps(trained)}"]) == 2
+    assert "trains the encoder, so its features cannot be cached" in capsys.readouterr().err
 
 
 def test_the_encodings_are_compared_over_real_frames(tmp_path: Path, paths: list[str]) -> None:

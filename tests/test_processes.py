@@ -74,6 +74,18 @@ def test_two_shards_do_what_one_process_does(folder: Path) -> None:
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
+def test_what_no_process_has_a_gradient_for_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in one process, where the optimiser then passes it over.
+    processes = Processes()
+    processes.count = 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    nowhere, here = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    here.grad = torch.ones(3)
+    processes.sum_gradients([nowhere, here])
+    assert nowhere.grad is None
+    assert here.grad.tolist() == [2.0, 2.0, 2.0]
+
+
 def test_ways_to_launch_that_are_not_supported_are_told_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
