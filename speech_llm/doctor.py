@@ -25,6 +25,7 @@ EXTRAS = {
     "openai": ("openai",),
     "lm-eval": ("lm-eval",),
     "tensorboard": ("tensorboard",),
+    "deepspeed": ("deepspeed",),
 }
 
 
