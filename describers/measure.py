@@ -29,7 +29,7 @@ from describers.pitch import MEAN_HZ, PitchDescriber
 from describers.records import Attribute, Clip, Describer
 from describers.reverberation import (
     ReverberationDescriber,
-    fall_slopes,
+    fall_counts,
     impulse_rt60_s,
     reverberation_band,
     steepest_rt60_s,
@@ -249,7 +249,7 @@ def calibrate(clips: Sequence[Clip]) -> Iterator[str]:
     rows, targets = [], []
     for rt60_s in (*RT60S_S, 1.6):
         for index, clip in enumerate(clips):
-            statistics = steepest_rt60_s(fall_slopes(in_room(clip, exponential_room(rt60_s, index))))
+            statistics = steepest_rt60_s(fall_counts([in_room(clip, exponential_room(rt60_s, index))]))
             rows.append([1.0, *np.log(statistics)])
             targets.append(np.log(rt60_s))
     fit, *_ = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)

@@ -17,7 +17,13 @@ from describers.measure import bursts, exponential_room, in_room, load, medians,
 from describers.noise import NoiseDescriber, noise_band
 from describers.pitch import PitchDescriber, pitch_band, track
 from describers.records import Attribute, Clip
-from describers.reverberation import ReverberationDescriber, impulse_rt60_s, reverberation_band
+from describers.reverberation import (
+    ReverberationDescriber,
+    fall_counts,
+    impulse_rt60_s,
+    reverberation_band,
+    steepest_rt60_s,
+)
 from describers.run import describe_inputs
 from describers.signal import SIGNAL_DESCRIBERS
 from describers.speech_activity import speech_activity
@@ -203,6 +209,19 @@ def test_decay_of_an_impulse_is_exact(rt60_s: float) -> None:
     assert "reverberation" not in found
     assert impulse_rt60_s(white(2)) is None
     assert impulse_rt60_s(tone(300)) is None
+
+
+@pytest.mark.parametrize("rt60_s", [0.3, 0.8])
+def test_a_long_recording_takes_the_memory_of_a_short_one_and_has_its_reverberation(
+    rt60_s: float,
+) -> None:
+    time_s = np.arange(SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
+    decay = white(1, 0.3) * 10 ** (-3 * time_s / rt60_s)
+    once, often = fall_counts([decay]), fall_counts(decay for _ in range(50))
+    assert once.nbytes == often.nbytes
+    assert steepest_rt60_s(often) == pytest.approx(steepest_rt60_s(once), rel=0.02)
+    short, long = steepest_rt60_s(once)
+    assert 0.6 * rt60_s < short < long < 1.3 * rt60_s
 
 
 @pytest.mark.assets
