@@ -2,7 +2,8 @@
 
 In: a folder of data sets, each with a `metadata.jsonl` whose lines have `audio`, `split` (train or dev), `speaker` and label
 columns. Out: a JSON file and a Markdown table. Every clip is encoded once, as it is and under three worse conditions (one
-drawn at random for fitting, white noise at 5 dB, stored at 8 kHz); `--cache` keeps these features.
+drawn at random for fitting, white noise at 5 dB, stored at 8 kHz); `--cache` keeps these features and the probes, so that
+the same command goes on where it was stopped.
 
 Probes are fitted on the train split, everything chosen on folds of it; the dev split (other speakers) is only scored.
 `--fit-shipped DIR` first fits the probes that come with the package, on freely licensed data only.
@@ -132,7 +133,8 @@ class Corpus:
 
     def __init__(self, folder: Path, encoder: str, cache: Path | None, progress: bool = True) -> None:
         self.folder, self.encoder, self.cache, self.progress = folder, encoder, cache, progress
-        self._held: dict[str, tuple[Material, dict[str, dict[str, Any]]]] = {}
+        self._rows: dict[str, dict[str, dict[str, Any]]] = {}
+        self._encoded: dict[str, Material] = {}
 
     def material(
         self,
@@ -149,10 +151,8 @@ class Corpus:
         """
         parts: list[Material] = []
         for dataset in datasets:
-            material, rows = self._dataset(dataset)
-            chosen, labels = [], []
-            for index, identity in enumerate(material.labels):
-                row = rows[identity]
+            wanted: dict[str, str] = {}
+            for identity, row in self._lines(dataset).items():
                 label = "" if attribute is None else _label(row, attribute)
                 if label is None or (split is not None and row["split"] != split):
                     continue
@@ -160,28 +160,52 @@ class Corpus:
                     continue
                 value = "" if attribute is None else canonical(attribute, label)
                 if only is None or value in only:
-                    chosen.append(index)
-                    labels.append(value)
+                    wanted[identity] = value
+            if not wanted:  # and nothing to encode
+                continue
+            material = self._dataset(dataset)
+            chosen = [index for index, identity in enumerate(material.labels) if identity in wanted]
             part = material.keep(chosen, copies)
-            part.labels = labels
+            part.labels = [wanted[material.labels[index]] for index in chosen]
             parts.append(part)
         return joined([part for part in parts if part.labels])
 
-    def _dataset(self, name: str) -> tuple[Material, dict[str, dict[str, Any]]]:
-        if name not in self._held:
+    def fitted(self, task: Task, precision: float) -> Probe:
+        """The probe of a task, kept beside the features."""
+        train = self.material(task.fit_on, task.attribute, "train", (CLEAN, FITTING))
+        assert train is not None
+        encoder = shared_features(self.encoder).identity()
+        key = stable_hash([task.attribute, train.fingerprint(), encoder, precision, CACHE_VERSION])[:16]
+        kept = None if self.cache is None else self.cache / f"{task.attribute}-{key}.safetensors"
+        if kept is not None and kept.exists():
+            return load_probe(kept)
+        probe = fit_probe(task.attribute, train, encoder, precision)
+        if kept is not None:
+            save_probe(probe, kept)
+        return probe
+
+    def _lines(self, name: str) -> dict[str, dict[str, Any]]:
+        """id -> line of a data set's listing."""
+        if name not in self._rows:
             listing = self.folder / name / "metadata.jsonl"
-            rows = {str(row["id"]): row for _, row in read_jsonl(listing)}
+            self._rows[name] = {str(row["id"]): row for _, row in read_jsonl(listing)}
+        return self._rows[name]
+
+    def _dataset(self, name: str) -> Material:
+        if name not in self._encoded:
+            listing = self.folder / name / "metadata.jsonl"
             key = stable_hash([sha256_file(listing), self.encoder, CACHE_VERSION])[:16]
             kept = None if self.cache is None else self.cache / f"{name}-{key}.npz"
             if kept is not None and kept.exists():
                 material = _load(kept)
             else:
-                print(f"{name}: encoding {len(rows):,} clips", file=sys.stderr)
+                print(f"{name}: encoding {len(self._lines(name)):,} clips", file=sys.stderr)
                 material = self._encode(listing)
-                if kept is not None:
+                if kept is not None:  # as it was kept, so that a second run finds the same
                     _save(material, kept)
-            self._held[name] = material, rows
-        return self._held[name]
+                    material = _load(kept)
+            self._encoded[name] = material
+        return self._encoded[name]
 
     def _encode(self, listing: Path) -> Material:
         """Clips labelled by their id: those of the train split with a copy to fit on, the others with copies to score."""
@@ -214,7 +238,7 @@ def _label(row: dict[str, Any], attribute: str) -> Any:
     return row.get(attribute)
 
 
-# Changes whenever features would.
+# Changes whenever features or what is fitted on them would.
 CACHE_VERSION = 2
 
 
@@ -290,11 +314,7 @@ def run(corpus: Corpus, precision: float, progress: bool, out: Path | None = Non
         bar.set_description(task.name)
         key = (task.attribute, task.fit_on)
         if key not in probes:
-            train = corpus.material(task.fit_on, task.attribute, "train", (CLEAN, FITTING))
-            assert train is not None
-            probes[key] = fit_probe(
-                task.attribute, train, shared_features(corpus.encoder).identity(), precision
-            )
+            probes[key] = corpus.fitted(task, precision)
         probe = probes[key]
         row: dict[str, Any] = {"task": task.name, "goal": task.goal, "simple": task.simple}
         row |= {name: probe.about[name] for name in ("blocks", "inverse_penalty", "threshold")}
