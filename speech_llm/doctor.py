@@ -32,7 +32,7 @@ EXTRAS = {
 def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[str, Any]:
     """Look at the machine and, when given, at what a recipe needs.
 
-    Returns `{"python", "platform", "cores", "memory_gb", "memory_free_gb", "disk_free_gb", "device", "gflops",
+    Returns `{"python", "platform", "cores", "memory_gb", "memory_free_gb", "disk_free_gb", "device", "gflops", "compile_needs",
     "versions", "extras", "cache", "describers", "recipe"?}`; `recipe` has `models`, `clips`, `estimate`, `notes` and `problems`,
     the last being what keeps the recipe from running.
     """
@@ -48,6 +48,7 @@ def examine(recipe: Recipe | None = None, run_dir: Path | None = None) -> dict[s
         "disk_free_gb": round(shutil.disk_usage(_existing(cache_dir())).free / GB, 1),
         "device": _device(),
         "gflops": _gflops(),
+        "compile_needs": _compile_needs(),
         "versions": {name: _version(name) for name in ("speech-llm", *PACKAGES)},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "cache": {"folder": str(cache_dir()), "assets": _assets()},
@@ -97,6 +98,15 @@ def _device() -> dict[str, Any]:
             "memory_gb": round(properties.total_memory / GB, 1),
         }
     return {"accelerator": False, "name": "CPU", "count": 1, "memory_gb": None}
+
+
+def _compile_needs() -> str | None:
+    """What `optimizer.compile` lacks here; None when nothing."""
+    import torch
+
+    from speech_llm.training.compiled import missing_compiler
+
+    return missing_compiler(torch.cuda.is_available())
 
 
 def _gflops() -> dict[str, float]:
@@ -149,6 +159,9 @@ def as_text(findings: dict[str, Any]) -> str:
         f"computes on {device['count']} x {device['name']}"
         + (f" ({device['memory_gb']} GB)" if device["memory_gb"] else "")
         + f": {speed['float32']:,.0f} GFLOP/s in float32, {speed['bfloat16']:,.0f} in bfloat16",
+        f"optimizer.compile: needs {findings['compile_needs']}"
+        if findings["compile_needs"]
+        else "optimizer.compile: can be set, a compiler is here",
         "packages: "
         + ", ".join(f"{name} {version or 'MISSING'}" for name, version in findings["versions"].items()),
         "optional: "

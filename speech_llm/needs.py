@@ -59,6 +59,10 @@ def recipe_needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) 
             f"targets.teacher.backend is {teacher.backend!r}, which is not installed; "
             f"install it with: pip install 'speech-llm[{teacher.backend}]'"
         )
+    if recipe.optimizer.compile and machine["compile_needs"]:
+        problems.append(
+            f"optimizer.compile is true, which needs {machine['compile_needs']}; install it, or set optimizer.compile to false"
+        )
     models = [{"role": role, **_model(reference, problems)} for role, reference in uses.items()]
     clips = _clips(recipe, problems, notes)
     for key, pool in (("targets.prompts", recipe.targets.prompts), ("eval.prompts", recipe.eval.prompts)):

@@ -193,6 +193,11 @@ class OptimizerSection(Section):
         default=False,
         description="compute the LLM's activations again in the backward pass instead of keeping them: less memory, more time",
     )
+    compile: bool = Field(
+        default=False,
+        description="compile the LLM's layers for training with torch.compile, which takes a while at the start: less time a step; "
+        "needs a C++ compiler",
+    )
     trackers: list[Text] = Field(
         default_factory=list,
         description="trackers, by the names that accelerate has for them (tensorboard, wandb, ...), that get every step's figures",
@@ -264,6 +269,12 @@ def check_learning(recipe: Any) -> None:
                     f"optimizer.soft_word_epochs is {optimizer.soft_word_epochs} and {key} is "
                     f"{str(_at(recipe, key)).lower()}: {why}; set optimizer.soft_word_epochs to 0",
                 )
+    if optimizer.compile and optimizer.gradient_checkpointing:
+        raise contradiction(
+            ("optimizer.compile", "optimizer.gradient_checkpointing"),
+            "optimizer.compile fuses the layers whose activations optimizer.gradient_checkpointing would compute again one by one; "
+            "set one of them to false",
+        )
     trained = {
         "connector": ("trainable.connector", trainable.connector),
         "lora": ("trainable.lora", trainable.lora is not None),

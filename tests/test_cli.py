@@ -317,10 +317,12 @@ def test_doctor_tells_what_a_recipe_needs(here: Path, capsys: pytest.CaptureFixt
 
 
 def test_doctor_names_what_keeps_a_recipe_from_running(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "pool.yaml").unlink()
+    monkeypatch.setenv("CXX", "no-such-compiler")
     sets = [
+        "optimizer.compile=true",
         "model.llm=./gone",
         "data.synthesize=null",
         "data.manifests=gone.jsonl",
@@ -329,6 +331,7 @@ def test_doctor_names_what_keeps_a_recipe_from_running(
     ]
     assert _exit_code(["doctor", "small.yaml", *[part for item in sets for part in ("--set", item)]]) == 2
     said = capsys.readouterr().out
-    for part in ("PROBLEM: ./gone", "gone.jsonl: no such manifest", "no such prompt pool"):
+    compiler = "optimizer.compile is true, which needs a C++ compiler (no-such-compiler"
+    for part in ("PROBLEM: ./gone", "gone.jsonl: no such manifest", "no such prompt pool", compiler):
         assert part in said
     assert "Ready" not in said

@@ -34,6 +34,7 @@ from speech_llm.precision import choose_dtype, matmul_gflops
 from speech_llm.recipe_learning import TrainableSection
 from speech_llm.recipe_model import ModelSection
 from speech_llm.targets.score import row_logits
+from speech_llm.training.compiled import CompiledLayers
 from speech_llm.training.log import memory_mb
 from speech_llm.training.losses import cross_entropy_sum, kl_sum
 from speech_llm.training.rows import TrainingSet, build_training_set
@@ -47,7 +48,7 @@ class Spec:
     """What is measured. `way`: "plain" or "ours". `batch`: rows of a plain batch; ours gets as many tokens as these take.
 
     `packed`: rows of a clip share a sequence. `loss`: "ce", or "kl" to the base LLM that reads the description. `encode`: see
-    `model.encode`. `folder`: where the clips lie.
+    `model.encode`. `folder`: where the clips lie. `compiled`: with `optimizer.compile`, whose programs are made before anything is timed.
     """
 
     way: str
@@ -63,6 +64,7 @@ class Spec:
     llm: str = ""
     encoder: str = ""
     profile: bool = False
+    compiled: bool = False
 
 
 class Clock:
@@ -131,6 +133,7 @@ class Arm:
         everything = sum(p.numel() for p in self.model.llm.parameters())
         self.body = everything - self.head * (1 if tied else 2)
         self.layers, self.width = config.num_hidden_layers, config.hidden_size
+        self.compiled = CompiledLayers(self.model) if spec.compiled else None
 
     def rows(self, fill: bool) -> TrainingSet:
         """The rows, and (`fill`: as part of what is measured) the cache behind them."""
@@ -214,7 +217,7 @@ def our_epoch(arm: Arm, data: TrainingSet, limit: int | None = None) -> Work:
         data.packs = [pack for row in data.rows.values() for pack in pack_rows([row], len(data.prefix), 4096)]
     with clock("LLM forward"):
         prefix = run_prefix(model.llm, data.prefix)
-    student = Student(model, arm.processor, arm.features, prefix, len(data.prefix))
+    student = Student(model, arm.processor, arm.features, prefix, len(data.prefix), compiled=arm.compiled)
     packs = data.packs[:limit]
     for numbers in plan_epoch(packs, arm.spec.batch_tokens, 0, 0):
         batch = student.batch([packs[i] for i in numbers])
@@ -249,7 +252,8 @@ def measure(spec: Spec) -> dict[str, Any]:
     fill_s = arm.clock.now() - filling
     filled = dict(arm.clock.seconds)
     packs = data.packs
-    epoch(arm, data, 2)  # what is made at the first call only
+    # What is made at the first call only; a batch of one pack has a program of its own.
+    epoch(arm, data, 2 if arm.compiled is None else None)
     data.packs = packs
     arm.clock.seconds = dict.fromkeys(PARTS, 0.0)
     if arm.device.type == "cuda":
@@ -271,6 +275,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "spec": asdict(spec),
         "seconds": seconds,
         "fill_seconds": fill_s if spec.way == "ours" else 0.0,
+        "compile_seconds": 0.0 if arm.compiled is None else arm.compiled.seconds,
         "fill_parts": {name: filled[name] for name in ("decode", "encode")},
         "parts": parts,
         "rows": work.rows,

