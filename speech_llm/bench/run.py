@@ -116,7 +116,12 @@ def _summary(found: dict[str, list[dict[str, Any]]], base: Spec) -> dict[str, An
         for name, goal in GOALS.items():
             reached = {arm: _reached(arms[arm], name) for arm in same}
             best = max(reached, key=lambda arm: reached[arm])
-            goals[name] = {"arm": best, "goal": goal, "found": reached[best], "reached": reached[best] >= goal}
+            goals[name] = {
+                "arm": best,
+                "goal": goal,
+                "found": reached[best],
+                "reached": reached[best] >= goal,
+            }
     apart = [abs(arms[name]["loss"] - arms["plain"]["loss"]) for name in EQUAL if name in arms]
     if apart:
         most = SAME_LOSS[one["dtype"]]

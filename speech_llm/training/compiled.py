@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 
 from speech_llm.data.packing import IGNORE, Pack
 from speech_llm.errors import UserError
+from speech_llm.model.trainable import AdapterGate
 
 if TYPE_CHECKING:
     from speech_llm.training.student import Student
@@ -79,6 +80,7 @@ class CompiledLayers:
         self.layers = decoder_layers(model)
         if not self.layers:
             raise UserError(f"{self.name}: its layers are not known; set optimizer.compile to false")
+        self.gate: AdapterGate = model.gate
         self.kinds: set[Kind] = set()
         self.seconds, self.programs = 0.0, 0
         torch._dynamo.reset()  # programs of another model would be tried first
@@ -122,7 +124,7 @@ class CompiledLayers:
             for name, value in kwargs.items():
                 if isinstance(value, Cache):
                     kwargs[name] = prefix
-            return self._run(layer, *args, **kwargs)
+            return self._run(layer, self.gate, self.gate.on, *args, **kwargs)
 
         return forward
 
@@ -153,7 +155,10 @@ class CompiledLayers:
         self.seconds += time.perf_counter() - started
 
 
-def _layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _layer(layer: nn.Module, gate: AdapterGate, on: bool | Tensor, *args: Any, **kwargs: Any) -> Any:
+    gate.on = (
+        on  # an argument may have any number of rows; what a module's hook holds would be taken as fixed
+    )
     return type(layer).forward(layer, *args, **kwargs)
 
 
