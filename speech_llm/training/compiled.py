@@ -112,7 +112,7 @@ class CompiledLayers:
             self._make(student, kind)
         for number, layer in enumerate(self.layers):
             prefix = _Prefix(*student.prefix[number]) if student.prefix else None
-            layer.forward = self._forward(layer, prefix)  # type: ignore[method-assign]
+            layer.forward = self._forward(layer, prefix)
         try:
             yield
         finally:
