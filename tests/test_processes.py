@@ -103,7 +103,10 @@ def test_ways_to_launch_that_are_not_supported_are_told_in_a_sentence(
         (["loss.l2_start=0.1", "eval.probes=[]"], "loss: .*other weights"),
         (["loss={type: kl, top_k: null}", "eval.probes=[]"], r"loss\.type: .*asked at each step"),
         (["eval.probes=[json]"], r"eval\.probes: .*set eval\.probes to \[\]"),
-        (["eval.probes=[]", "optimizer.compile=true"], r"optimizer\.compile: .*set optimizer\.compile to false"),
+        (
+            ["eval.probes=[]", "optimizer.compile=true"],
+            r"optimizer\.compile: .*set optimizer\.compile to false",
+        ),
     ],
 )
 def test_what_shards_cannot_do_is_told_in_a_sentence(
