@@ -120,8 +120,8 @@ def check_same(folder: Path, name: str) -> None:
     assert not list((folder / name / "train").rglob("*.part"))
 
 
-def killed_at_random(folder: Path, number: int, seed: int) -> tuple[int, float, list[str]]:
-    """Runs until `number` children were killed; how many runs were finished, how long one takes, and where each kill found its run."""
+def killed_at_random(folder: Path, number: int, seed: int) -> tuple[int, list[str]]:
+    """Runs until `number` children were killed; how many runs were finished, and where each kill found its run."""
     rng = random.Random(seed)
     started = time.perf_counter()
     assert wait(child(lambda: life(folder, "again"))) == 0
@@ -140,7 +140,7 @@ def killed_at_random(folder: Path, number: int, seed: int) -> tuple[int, float, 
         runs += 1
     assert wait(child(lambda: life(folder, f"run{runs}"))) == 0
     check_same(folder, f"run{runs}")
-    return runs + 1, length_s, at
+    return runs + 1, at
 
 
 def killed_while_writing(folder: Path) -> list[str]:
@@ -182,13 +182,38 @@ def killed_while_writing(folder: Path) -> list[str]:
     return at
 
 
-def other_workers(folder: Path, length_s: float) -> list[str]:
-    """Children with 0, 3, 1 and 2 workers, each killed but the last."""
+def dies(work: Callable[[], None], here: Callable[[Path], bool], before: bool) -> Callable[[], None]:
+    """`work`, killing itself where a file or folder gets a name that is `here`: before it has that name, or just after."""
+    replace = os.replace
+
+    def rename(source: str | Path, target: str | Path) -> None:
+        found = here(Path(target))
+        if found and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if found:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def until_then() -> None:
+        os.replace = rename  # type: ignore[assignment]
+        work()
+
+    return until_then
+
+
+def other_workers(folder: Path) -> list[str]:
+    """Children with 0, 3, 1 and 2 workers; each but the last dies three steps after its first checkpoint, before it has a second."""
     at = []
-    for workers, seconds in ((0, 0.3 * length_s), (3, 0.2 * length_s), (1, 0.15 * length_s)):
-        # A machine that has grown faster in the meantime may end it first.
-        code = wait(child(lambda workers=workers: life(folder, "read", workers)), seconds)
-        assert code in (0, -signal.SIGKILL)
+    for workers in (0, 3, 1):
+        named: list[Path] = []
+
+        def second(target: Path, named: list[Path] = named) -> bool:
+            if target.name.startswith("step-"):
+                named.append(target)
+            return len(named) == 2
+
+        pid = child(dies(lambda workers=workers: life(folder, "read", workers), second, before=True))
+        assert wait(pid) == -signal.SIGKILL
         found = latest_checkpoint(folder / "read" / "train" / "checkpoints")
         at.append("none" if found is None else found.name)
     assert wait(child(lambda: life(folder, "read", 2))) == 0
@@ -205,22 +230,7 @@ def killed_between_phases(folder: Path) -> list[list[str]]:
         run_stages(load_recipe(recipe_file), folder / name, "train", progress=False, say=lambda _: None)
 
     whole_run("phased/whole")
-    replace, at = os.replace, []
-
-    def dies_at(name: str, before: bool) -> Callable[[], None]:
-        def rename(source: str | Path, target: str | Path) -> None:
-            here = Path(target) == folder / "phased" / "killed" / name
-            if here and before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-            if here:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def work() -> None:
-            os.replace = rename  # type: ignore[assignment]
-            whole_run("phased/killed")
-
-        return work
+    at = []
 
     # The first phase has just its manifest; the second is being begun from copies; it has begun; it is over and the model not in place.
     for name, before in (
@@ -233,7 +243,9 @@ def killed_between_phases(folder: Path) -> list[list[str]]:
         (f"{second}/train/manifest.json", False),
         ("model", True),
     ):
-        assert wait(child(dies_at(name, before))) == -signal.SIGKILL, name
+        place = folder / "phased" / "killed" / name
+        work = dies(lambda: whole_run("phased/killed"), place.__eq__, before)
+        assert wait(child(work)) == -signal.SIGKILL, name
         manifests = (folder / "phased" / "killed").glob("phases/*/[!.]*/manifest.json")
         at.append(sorted(f"{path.parts[-3]}/{path.parts[-2]}" for path in manifests))
     assert wait(child(lambda: whole_run("phased/killed"))) == 0
@@ -255,11 +267,11 @@ def main(folder: Path, number: int, seed: int) -> None:
     torch.set_num_threads(1)
     write_examples(folder / "examples.jsonl", tiny_examples(folder / "clips", 8))
     life(folder, "whole")  # here, so that children find every library loaded
-    runs, length_s, at = killed_at_random(folder, number, seed)
+    runs, at = killed_at_random(folder, number, seed)
     found = {
         "random": at,
         "writing": killed_while_writing(folder),
-        "workers": other_workers(folder, length_s),
+        "workers": other_workers(folder),
         "phases": killed_between_phases(folder),
     }
     print(json.dumps({"steps": STEPS, "runs": runs, **found}))
