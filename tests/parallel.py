@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from learning import tiny_recipe
+from learning import tiny_examples, tiny_recipe
 
+import speech_llm.model
+from speech_llm.examples import Example, write_examples
 from speech_llm.training.loop import train
 
 COPIES = ("--multi_gpu",)
@@ -55,6 +57,21 @@ def launch(folder: Path, name: str, options: Sequence[str], *overrides: str) -> 
         options, str(Path(__file__).parent / "parallel.py"), str(folder), name, *overrides
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def alone(folder: Path, more: Sequence[Example] = (), changes: Sequence[str] = ()) -> None:
+    """Rows with answers of very different lengths, and `more`, in `folder`, and in "one" what one process makes of them in accumulated batches."""
+    examples = tiny_examples(folder / "clips", 8)
+    for example in examples[::3]:
+        example.messages[-1]["content"] = "A much longer answer, so that batches weigh differently."
+    write_examples(folder / "examples.jsonl", [*examples, *more])
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:  # what it sets is unset
+        patch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        patch.setattr(speech_llm.model, "build_model", speech_llm.model.build_model)
+        patch.setenv("SPEECH_LLM_CACHE", "")
+        main(folder, "one", "optimizer.accumulate=2", *changes)
+    torch.set_num_threads(before)
 
 
 def main(folder: Path, name: str, *overrides: str) -> None:

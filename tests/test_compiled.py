@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import parallel
 import pytest
 import torch
 from learning import QUICKSTART, tiny_examples, tiny_recipe
@@ -112,6 +113,45 @@ def test_a_compiled_run_that_was_killed_ends_as_an_uninterrupted_one(
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
     assert one.keys() == two.keys() == load_file(tmp_path / "plain" / "model" / "model.safetensors").keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@compiling
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["loss={type: kl, top_k: null}"],
+        ["style=preference", "loss={type: dpo, ce: 0.1}"],
+        ["style=rollout", "loss={type: grpo, answers: 4, max_new_tokens: 6}"],
+    ],
+    ids=["kl", "dpo", "grpo"],
+)
+def test_every_style_steps_compiled_as_it_does_uncompiled(
+    examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str]
+) -> None:
+    def judge_letters(_data: Any) -> Any:  # what a random model says is worth more or less
+        return lambda _id, answer, _ended: (sum(map(str.isalpha, answer)) / max(1, len(answer)), 0.0)
+
+    monkeypatch.setattr(loop, "verify_answers", judge_letters)
+    settings = [*changes, "trainable.lora={rank: 2, dropout: 0.1}", "optimizer.max_steps=1"]
+    run(tiny_recipe(monkeypatch, tmp_path, *settings), examples, tmp_path / "plain")
+    recipe = tiny_recipe(monkeypatch, tmp_path, *settings, "optimizer.compile=true")
+    counts = run(recipe, examples, tmp_path / "compiled")
+    assert counts["compiled"]["programs"] >= 1
+    (plain,), (compiled,) = (log_of(tmp_path / name) for name in ("plain", "compiled"))
+    assert plain["grad_norm"] > 0
+    assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    assert compiled["loss"] == pytest.approx(plain["loss"], abs=2e-4)
+
+
+@compiling
+def test_two_compiled_copies_do_what_one_compiled_process_does(tmp_path: Path) -> None:
+    parallel.alone(tmp_path, changes=["optimizer.compile=true"])
+    parallel.launch(tmp_path, "copies", parallel.COPIES, "optimizer.compile=true")
+    one, copies = (log_of(tmp_path / name) for name in ("one", "copies"))
+    assert [row["loss"] for row in copies] == [row["loss"] for row in one]
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "copies"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_what_cannot_be_compiled_is_told_before_anything_is_trained(

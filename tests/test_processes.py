@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,7 @@ from speech_llm.training.processes import Processes
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows with answers of very different lengths, and what one process makes of them in accumulated batches."""
     path: Path = tmp_path_factory.mktemp("processes")
-    examples = tiny_examples(path / "clips", 8)
-    for example in examples[::3]:
-        example.messages[-1]["content"] = "A much longer answer, so that batches weigh differently."
-    write_examples(path / "examples.jsonl", examples)
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:  # what it sets is unset
-        patch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        import speech_llm.model
-
-        patch.setattr(speech_llm.model, "build_model", speech_llm.model.build_model)
-        patch.setenv("SPEECH_LLM_CACHE", "")
-        parallel.main(path, "one", "optimizer.accumulate=2")
-    torch.set_num_threads(before)
+    parallel.alone(path)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ import parallel
 import pytest
 import safetensors.torch
 import torch
-from learning import tiny_examples
 from tiny_models import tiny_model
 
-import speech_llm.model
 from speech_llm.data.features import FeatureStore
 from speech_llm.errors import UserError
-from speech_llm.examples import Example, write_examples
+from speech_llm.examples import Example
 from speech_llm.files import read_jsonl
 from speech_llm.training.log import MEASURED
 from speech_llm.training.losses import cross_entropy_sum
@@ -41,22 +38,11 @@ UNLIKE = {*MEASURED, "kl_base"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows with and without sound and answers of very different lengths, and what one process makes of them."""
     path: Path = tmp_path_factory.mktemp("zero")
-    examples = tiny_examples(path / "clips", 8)
-    for example in examples[::3]:
-        example.messages[-1]["content"] = "A much longer answer, so that batches weigh differently."
     turns = [
         {"role": "user", "content": "What is it?"},
         {"role": "assistant", "content": "A test, and more."},
     ]
-    examples += [Example(id=f"text{i}", messages=turns) for i in range(3)]
-    write_examples(path / "examples.jsonl", examples)
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:  # what it sets is unset
-        patch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        patch.setattr(speech_llm.model, "build_model", speech_llm.model.build_model)
-        patch.setenv("SPEECH_LLM_CACHE", "")
-        parallel.main(path, "one", "optimizer.accumulate=2")
-    torch.set_num_threads(before)
+    parallel.alone(path, [Example(id=f"text{i}", messages=turns) for i in range(3)])
     return path
 
 
