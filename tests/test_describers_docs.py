@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from test_describers_classifier import save_classifier
+from test_describers_probe import tone
 
 from speech_llm.cli import _exit_code
 
@@ -57,6 +59,31 @@ def test_the_snippet_of_a_hub_classifier_runs(here: Path) -> None:
     rows = lines(here / "described.jsonl")
     assert [row["attributes"].get("event") for row in rows] == ["rain", "rain", None]
     assert rows[0]["confidence"]["event"] >= 0.7
+
+
+def test_a_probe_is_fitted_and_used_by_the_commands_as_written(
+    here: Path, whisper_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    (here / "my" / "clips").mkdir(parents=True)
+    for number in range(32):
+        emotion, speaker = ("happy", "angry")[number % 2], f"speaker {number // 4}"
+        name = f"clips/{number}.flac"
+        soundfile.write(here / "my" / name, tone(230 if emotion == "happy" else 110, 0.8, number), 16000)
+        rows.append({"audio": name, "emotion": emotion, "speaker": speaker})
+    (here / "my" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (text,) = (text for text in snippets("bash") if "fit-describer emotion" in text)
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "speech-llm"
+        assert _exit_code([*arguments, "-q"]) == 0
+    told = lines(here / "described.jsonl")
+    assert [row["id"] for row in told] == ["fine.wav", "loud.wav", "silent.wav"]
+    assert "emotion" not in told[2]["attributes"]
+    capsys.readouterr()
+    (snippet,) = (text for text in snippets("python") if "load_probe(" in text)
+    exec(compile(snippet, "docs/describers.md", "exec"), {})
+    assert "accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
