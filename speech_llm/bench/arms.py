@@ -2,8 +2,8 @@
 
     plain   as peers do it: every row decodes its clip, pads it to the encoder's native length and encodes it at every epoch; one row a
             prompt, padded to the longest of its batch; logits at all positions
-    ours    features encoded once and read from the cache, rows of a clip packed behind it, what all rows begin with run once, logits
-            at answer positions
+    ours    features encoded once and read from the cache, rows of a clip packed behind it, what all rows begin with run once (both
+            counted in the first epoch), logits at answer positions
 
 In: a spec (see `Spec`). Out: seconds by part, rows and tokens, the loss, the LLM's share of the measured matmul peak, peak memory. The
 weights are not moved (learning rate 0), so the loss of both ways is that of the same model on the same rows.
@@ -143,7 +143,7 @@ class Arm:
             self.features._encode = self.clock.wrap("encode", plain[1])  # type: ignore[method-assign]
         paths = [part["path"] for example in self.examples for part in example.audio_parts()]
         self.features.fill(paths, progress=False)
-        return build_training_set(
+        data = build_training_set(
             self.examples,
             self.processor,
             self.features,
@@ -152,6 +152,8 @@ class Arm:
             progress=False,
             needs_context=self.spec.loss == "kl",
         )
+        self.prefix = run_prefix(self.model.llm, data.prefix)  # the LLM is frozen: once for all epochs
+        return data
 
     def count(self, work: Work, tokens: int, context: int, logits: int) -> None:
         """Add the LLM's operations on `tokens` that see `context` others: two a weight forward, two back to its input."""
@@ -215,9 +217,8 @@ def our_epoch(arm: Arm, data: TrainingSet, limit: int | None = None) -> Work:
     work, clock, model = Work(), arm.clock, arm.model
     if not arm.spec.packed:
         data.packs = [pack for row in data.rows.values() for pack in pack_rows([row], len(data.prefix), 4096)]
-    with clock("LLM forward"):
-        prefix = run_prefix(model.llm, data.prefix)
-    student = Student(model, arm.processor, arm.features, prefix, len(data.prefix), compiled=arm.compiled)
+    prefix = len(data.prefix)
+    student = Student(model, arm.processor, arm.features, arm.prefix, prefix, compiled=arm.compiled)
     packs = data.packs[:limit]
     for numbers in plan_epoch(packs, arm.spec.batch_tokens, 0, 0):
         batch = student.batch([packs[i] for i in numbers])
@@ -237,7 +238,7 @@ def our_epoch(arm: Arm, data: TrainingSet, limit: int | None = None) -> Work:
         work.rows += len(batch.rows)
         work.answer_tokens += batch.answer_tokens
         work.loss += float(loss.detach())
-        context = batch.ids.shape[1] + len(data.prefix)
+        context = batch.ids.shape[1] + prefix
         arm.count(work, batch.ids.numel(), context, batch.answer_tokens)
     return work
 

@@ -361,7 +361,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        logits = output.logits if answer_mask is None else output.logits[0]
+        logits = output.logits if answer_mask is None else output.logits.squeeze(0)
         loss = None
         if labels is not None:
             assert answer_mask is not None

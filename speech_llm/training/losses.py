@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,29 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = 
 
     `logits`: (n, vocabulary) at the positions that predict answer tokens; `targets`: (n,) token ids; `weights`: (n,), default 1.
     """
-    if weights is None:
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return (functional.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+    values: Tensor = _CrossEntropy.apply(logits.float(), targets)
+    return values.sum() if weights is None else (values * weights).sum()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(n,) cross-entropies of logits (n, vocabulary) in float32, whose gradient is made in the place of the log-probabilities.
+
+    PyTorch's own makes two more tensors of the size of the logits on the way back, which on a CPU takes longer than the softmax
+    (docs/results/speed.md). The gradient can be asked for once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(-1)
+        ctx.save_for_backward(log_probs, targets)
+        return -log_probs.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        log_probs, targets = ctx.saved_tensors
+        gradient = gradients[0][:, None]
+        found = log_probs.exp_().mul_(gradient)
+        return found.scatter_add_(1, targets[:, None], -gradient), None
 
 
 def kl_sum(
