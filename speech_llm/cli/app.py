@@ -45,6 +45,7 @@ Set = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")]
 # How a server is asked (`openai:URL`); the same in every verb that can ask one.
 ApiKeyEnv = Annotated[
     str | None,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from speech_llm.chat_server import ServerSettings
-from speech_llm.cli.app import ApiKeyEnv, Concurrency, Quiet, Retries, TimeoutS, app, names_of
+from speech_llm.cli.app import ApiKeyEnv, Concurrency, MaxNewTokens, Quiet, Retries, TimeoutS, app, names_of
 from speech_llm.described_tasks import USE
 
 Results = Annotated[
@@ -95,9 +95,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")
-    ] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     describe: Annotated[
         str,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from speech_llm.chat_server import ServerSettings
-from speech_llm.cli.app import ApiKeyEnv, app
+from speech_llm.cli.app import ApiKeyEnv, MaxNewTokens, app
 
 
 @app.command(
@@ -37,9 +37,7 @@ def chat(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="longest answer")
-    ] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     api_key_env: ApiKeyEnv = None,
 ) -> None:
     """Ask a model about a recording: one answer, or a session."""

@@ -44,6 +44,12 @@ class Clip:
     attributes: dict[str, Any] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
 
+    def tell(self, row: dict[str, Any]) -> None:
+        """Take over what `describe` has written of it."""
+        self.attributes = {name: value for name, value in row["attributes"].items() if name != "segments"}
+        self.how = dict(row.get("how") or {})
+        self.description = str(row["description"])
+
     def shown(self) -> dict[str, Any]:
         """As the page sees it."""
         return {
@@ -79,17 +85,10 @@ class Clips:
 
     def add_example(self, row: dict[str, Any]) -> Clip:
         """A described test clip, as `describe` writes it."""
-        attributes = {name: value for name, value in row["attributes"].items() if name != "segments"}
-        clip = Clip(
-            secrets.token_urlsafe(12),
-            clip_name(attributes) or str(row["id"]),
-            Path(row["audio"]),
-            float(attributes.get("duration") or 0.0),
-            True,
-            str(row["description"]),
-            attributes,
-            dict(row.get("how") or {}),
-        )
+        duration_s = float(row["attributes"].get("duration") or 0.0)
+        clip = Clip(secrets.token_urlsafe(12), str(row["id"]), Path(row["audio"]), duration_s, example=True)
+        clip.tell(row)
+        clip.name = clip_name(clip.attributes) or clip.name
         with self._lock:
             self._clips[clip.id] = clip
         return clip

@@ -153,9 +153,7 @@ class Voices:
                     path.unlink(missing_ok=True)
         if row is None:
             raise UserError(f"{clip.name}: {', '.join(report.reasons) or 'it could not be described'}")
-        clip.attributes = {name: value for name, value in row["attributes"].items() if name != "segments"}
-        clip.how = dict(row["how"])
-        clip.description = str(row["description"])
+        clip.tell(row)
 
     def load_describers(self) -> list[Any]:
         from describers.run import DEFAULT_ASR, named_describers
