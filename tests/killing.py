@@ -143,45 +143,6 @@ def killed_at_random(folder: Path, number: int, seed: int) -> tuple[int, list[st
     return runs + 1, at
 
 
-def killed_while_writing(folder: Path) -> list[str]:
-    """Children that kill themselves when a checkpoint's file is half written, or whole and not yet renamed; where each died."""
-    at = []
-    write, replace = speech_llm.files.os.fsync, os.replace
-
-    def dies_at(place: int, half: bool) -> Callable[[], None]:
-        def work() -> None:
-            seen = 0
-
-            def sync(descriptor: int) -> None:
-                nonlocal seen
-                path = os.readlink(f"/proc/self/fd/{descriptor}")
-                if "checkpoints" in path:
-                    seen += 1
-                    if seen == place and half:
-                        os.truncate(path, os.path.getsize(path) // 2)
-                        os.kill(os.getpid(), signal.SIGKILL)
-                write(descriptor)
-
-            def rename(source: str | Path, target: str | Path) -> None:
-                if seen >= place and not half and "step-" in Path(target).name:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                replace(source, target)
-
-            os.fsync, os.replace = sync, rename  # type: ignore[assignment]
-            life(folder, "written")
-
-        return work
-
-    # The three files of a checkpoint, torn; a checkpoint whole but without its name; an old one losing its name.
-    for place, half in ((1, True), (2, True), (3, True), (3, False), (4, True), (9, True), (9, False)):
-        assert wait(child(dies_at(place, half))) == -signal.SIGKILL
-        found = latest_checkpoint(folder / "written" / "train" / "checkpoints")
-        at.append("none" if found is None else found.name)
-    assert wait(child(lambda: life(folder, "written"))) == 0
-    check_same(folder, "written")
-    return at
-
-
 def dies(work: Callable[[], None], here: Callable[[Path], bool], before: bool) -> Callable[[], None]:
     """`work`, killing itself where a file or folder gets a name that is `here`: before it has that name, or just after."""
     replace = os.replace
@@ -201,20 +162,49 @@ def dies(work: Callable[[], None], here: Callable[[Path], bool], before: bool) -
     return until_then
 
 
-def other_workers(folder: Path) -> list[str]:
-    """Children with 0, 3, 1 and 2 workers; each but the last dies three steps after its first checkpoint, before it has a second."""
+def killed_while_writing(folder: Path) -> list[str]:
+    """Children that kill themselves when a checkpoint's file is half written, or whole and not yet renamed; where each died."""
     at = []
-    for workers in (0, 3, 1):
-        named: list[Path] = []
+    write = speech_llm.files.os.fsync
 
-        def second(target: Path, named: list[Path] = named) -> bool:
-            if target.name.startswith("step-"):
-                named.append(target)
-            return len(named) == 2
+    def dies_at(place: int, half: bool) -> Callable[[], None]:
+        seen = 0
 
-        pid = child(dies(lambda workers=workers: life(folder, "read", workers), second, before=True))
-        assert wait(pid) == -signal.SIGKILL
-        found = latest_checkpoint(folder / "read" / "train" / "checkpoints")
+        def sync(descriptor: int) -> None:
+            nonlocal seen
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if "checkpoints" in path:
+                seen += 1
+                if seen == place and half:
+                    os.truncate(path, os.path.getsize(path) // 2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            write(descriptor)
+
+        def work() -> None:
+            os.fsync = sync  # type: ignore[assignment]
+            life(folder, "written")
+
+        return dies(work, lambda target: seen >= place and not half and "step-" in target.name, before=True)
+
+    # The three files of a checkpoint, torn; a checkpoint whole but without its name; an old one losing its name.
+    for place, half in ((1, True), (2, True), (3, True), (3, False), (4, True), (9, True), (9, False)):
+        assert wait(child(dies_at(place, half))) == -signal.SIGKILL
+        found = latest_checkpoint(folder / "written" / "train" / "checkpoints")
+        at.append("none" if found is None else found.name)
+    assert wait(child(lambda: life(folder, "written"))) == 0
+    check_same(folder, "written")
+    return at
+
+
+def other_workers(folder: Path) -> list[str]:
+    """Children with 0, 3, 1 and 2 workers; each but the last dies where a later checkpoint is about to get its name."""
+    checkpoints, at = folder / "read" / "train" / "checkpoints", []
+    for workers, second in ((0, "step-000006"), (3, "step-000009"), (1, "step-000012")):
+        work = dies(
+            lambda workers=workers: life(folder, "read", workers), (checkpoints / second).__eq__, before=True
+        )
+        assert wait(child(work)) == -signal.SIGKILL
+        found = latest_checkpoint(checkpoints)
         at.append("none" if found is None else found.name)
     assert wait(child(lambda: life(folder, "read", 2))) == 0
     check_same(folder, "read")

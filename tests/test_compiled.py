@@ -8,7 +8,7 @@ from typing import Any
 import parallel
 import pytest
 import torch
-from learning import QUICKSTART, tiny_examples, tiny_recipe
+from learning import QUICKSTART, judge_letters, tiny_examples, tiny_recipe
 from safetensors.torch import load_file
 from test_packing_rows import text_examples, training_set
 
@@ -128,9 +128,7 @@ def test_a_compiled_run_that_was_killed_ends_as_an_uninterrupted_one(
 def test_every_style_steps_compiled_as_it_does_uncompiled(
     examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str]
 ) -> None:
-    def judge_letters(_data: Any) -> Any:  # what a random model says is worth more or less
-        return lambda _id, answer, _ended: (sum(map(str.isalpha, answer)) / max(1, len(answer)), 0.0)
-
+    # What a random model says is worth more or less.
     monkeypatch.setattr(loop, "verify_answers", judge_letters)
     settings = [*changes, "trainable.lora={rank: 2, dropout: 0.1}", "optimizer.max_steps=1"]
     run(tiny_recipe(monkeypatch, tmp_path, *settings), examples, tmp_path / "plain")

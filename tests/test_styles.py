@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from learning import tiny_examples, tiny_recipe
+from learning import judge_letters, tiny_examples, tiny_recipe
 from tiny_models import tiny_encoder, tiny_llm, tiny_model
 
 import speech_llm.training.loop as loop
@@ -21,7 +21,6 @@ from speech_llm.files import read_json, read_jsonl
 from speech_llm.model import SpeechLLMForConditionalGeneration
 from speech_llm.recipe import Recipe
 from speech_llm.training.log import MEASURED
-from speech_llm.training.rows import TrainingSet
 
 LORA = "trainable.lora={rank: 2, dropout: 0.1}"
 GRPO = "loss={type: grpo, answers: 4, max_new_tokens: 6}"
@@ -118,13 +117,6 @@ def test_rewarded_answers_become_likelier(
     setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The toy: an answer is worth the share of its characters that are letters."""
-
-    def judge_letters(_data: TrainingSet) -> Any:
-        def judge(_name: str, answer: str, _ended: bool) -> tuple[float, float]:
-            return sum(c.isascii() and c.isalpha() for c in answer) / max(1, len(answer)), 0.0
-
-        return judge
-
     monkeypatch.setattr(loop, "verify_answers", judge_letters)
     recipe = setting(
         "style=rollout", "loss={type: grpo, answers: 8, max_new_tokens: 3, beta: 0.01}",
