@@ -233,6 +233,17 @@ def test_the_base_llm_comes_back_for_a_block_whatever_has_been_trained() -> None
             assert not torch.allclose(model.llm(input_ids=ids).logits, before, atol=1e-3)
 
 
+def test_where_training_began_lies_in_memory_as_it_did_before_a_resume(tmp_path: Path) -> None:
+    model, _ = tiny_model(lora=LORA)
+    before, after = Origin(model), Origin(model)
+    before.remember_start(tmp_path / "start.safetensors", resumed=False)
+    after.remember_start(tmp_path / "start.safetensors", resumed=True)
+    assert before.began.keys() == after.began.keys()
+    assert all(torch.equal(value, after.began[name]) for name, value in before.began.items())
+    # Matrix products sum in an order that depends on where their operands lie; a file's tensors lie anywhere.
+    assert {value.data_ptr() % 64 for value in after.began.values()} == {0}
+
+
 def test_rows_of_plain_text_and_transcripts(make: Any, tmp_path: Path) -> None:
     examples = [*tiny_examples(tmp_path / "clips", clips=2), Example(id="p", text="plain words")]
     objective, student, data, _ = make(examples, "style=pretrain")

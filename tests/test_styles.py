@@ -67,6 +67,7 @@ def test_a_run_killed_between_steps_ends_as_an_uninterrupted_one(
     setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
 ) -> None:
     recipe = setting(*STYLES[style], "optimizer.max_steps=4", "optimizer.batch_tokens=128")
+    monkeypatch.setattr(loop, "verify_answers", judge_letters)
     run(recipe, tmp_path / "whole")
     calls = 0
 

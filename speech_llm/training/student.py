@@ -149,7 +149,8 @@ class Origin:
         """Keep what is trained as it is now, in `path` too; a resumed run reads it from there (`UserError` if it is gone)."""
         if resumed:
             check_kept(path)
-            self.began = safetensors.torch.load_file(path)
+            # Copied: tensors of a file may lie at any address, and by it matrix products sum in another order.
+            self.began = {n: value.clone() for n, value in safetensors.torch.load_file(path).items()}
         else:
             self.began = {
                 n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad
