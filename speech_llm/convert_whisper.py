@@ -192,16 +192,23 @@ def _write_generation_config(
 ) -> None:
     from transformers import GenerationConfig
 
+    # The English-only models have a vocabulary of 51,864, the multilingual ones one or two more.
+    multilingual = vocab_size >= 51865
+    spoken: dict[str, Any] = {}
+    if multilingual:
+        languages = {tokenizer.convert_ids_to_tokens(number): number for number in settings["lang_ids"]}
+        tasks = {task: tokenizer.convert_tokens_to_ids(f"<|{task}|>") for task in ("transcribe", "translate")}
+        spoken = {"lang_to_id": languages, "task_to_id": tasks}
     GenerationConfig(
         **ids,
         max_length=448,
         suppress_tokens=settings["suppress_ids"],
         begin_suppress_tokens=settings["suppress_ids_begin"],
         alignment_heads=settings["alignment_heads"],
-        # The English-only models have a vocabulary of 51,864, the multilingual ones one or two more.
-        is_multilingual=vocab_size >= 51865,
+        is_multilingual=multilingual,
         no_timestamps_token_id=tokenizer.convert_tokens_to_ids("<|notimestamps|>"),
         prev_sot_token_id=tokenizer.convert_tokens_to_ids("<|startofprev|>"),
         max_initial_timestamp_index=50,
         return_timestamps=False,
+        **spoken,
     ).save_pretrained(out_dir)

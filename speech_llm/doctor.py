@@ -184,14 +184,21 @@ def _describer_lines(describers: dict[str, Any]) -> list[str]:
 
     lines = [
         "",
-        f"Describers (speech-llm describe --use ...): {', '.join(describers['ready'])}; and by probes:",
+        f"Describers (speech-llm describe --use ...): {', '.join(describers['ready'])}; and learned:",
     ]
+    learned = [row for row in describers["learned"] if row["available"]]
     lines += [
         f"  {row['attribute']:16} {', '.join(row['labels'])}: comes with the package, fitted on {row['clips']:,} clips "
         f"({row['licence']}); on speakers left out it told {100 * row['coverage']:.0f} % of clips, "
         f"{percent(row['precision_on_folds'])} of them right"
-        for row in describers["learned"]
-        if row["available"]
+        for row in learned
+        if "labels" in row
+    ]
+    lines += [
+        f"  {row['attribute']:16} by {row['model']} ({row['licence']}), "
+        + ("cached" if row["cached"] else f"fetched when first needed, {row['download_mb']} MB")
+        for row in learned
+        if "model" in row
     ]
     missing = [row["attribute"] for row in describers["learned"] if not row["available"]]
     if missing:

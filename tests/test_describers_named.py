@@ -22,6 +22,10 @@ from describers.language import LanguageDescriber
 from describers.named import LEARNED, attribute_describer, overview, shipped
 from describers.probe import ProbeDescriber, load_probe
 from describers.records import Clip
+from describers.speech_activity import Activity
+from describers.transcript import TranscriptDescriber
+from describers.whisper import Whisper
+from speech_llm.assets import WHISPER_BASE
 from speech_llm.audio import SAMPLE_RATE_HZ, load_audio
 from speech_llm.doctor import as_text, examine
 from speech_llm.errors import UserError
@@ -85,9 +89,8 @@ def test_a_name_that_leads_nowhere_is_a_sentence(item: str, words: str) -> None:
         attribute_describer(item).describe([Clip("a", Path("a"), 1.0, sound)])
 
 
-def test_the_language_token_of_a_multilingual_whisper_is_the_language(
-    tmp_path: Path, whisper_dir: Path
-) -> None:
+def tiny_multilingual(folder: Path, whisper_dir: Path) -> Path:
+    """A random Whisper of a few hundred weights that knows German, French and Italian, saved in `folder`."""
     torch.manual_seed(0)
     # The embedded tokenizer knows the language tokens although its model does not use them.
     tokenizer = WhisperTokenizerFast.from_pretrained(whisper_dir)
@@ -104,24 +107,106 @@ def test_the_language_token_of_a_multilingual_whisper_is_the_language(
     model = WhisperForConditionalGeneration(config)
     # A configuration of its own, as on the hub: one derived from the model's is derived anew when it is loaded.
     model.generation_config = GenerationConfig(lang_to_id=ids, is_multilingual=True)
-    model.save_pretrained(tmp_path)
-    WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(tmp_path)
-    describer = attribute_describer(f"language={tmp_path}")
+    model.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def heard_as(spoken: bool, sound: np.ndarray) -> Clip:
+    """A clip in which the voice detector has found somebody, or nobody."""
+    clip = Clip("n", Path("n"), len(sound) / SAMPLE_RATE_HZ, sound)
+    spans = ((0.0, clip.duration_s),) if spoken else ()
+    clip.measured["speech"] = Activity(spans, np.zeros(1), np.ones(1))
+    return clip
+
+
+def test_the_language_token_of_a_multilingual_whisper_is_the_language(
+    tmp_path: Path, whisper_dir: Path
+) -> None:
+    describer = attribute_describer(f"language={tiny_multilingual(tmp_path, whisper_dir)}")
     assert isinstance(describer, LanguageDescriber)
     describer.threshold = 0.0
     rng = np.random.default_rng(0)
     sounds = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in (8_000, 24_000)]
-    clips = [Clip("n", Path("n"), 1.0, sound) for sound in [*sounds, np.zeros(16_000, np.float32)]]
+    clips = [heard_as(True, sound) for sound in [*sounds, np.zeros(16_000, np.float32)]]
+    clips.insert(1, heard_as(False, sounds[0]))
     together = describer.describe(clips)
-    assert together[2] == {}
-    for clip, found in zip(clips[:2], together, strict=False):
-        assert found["language"].value in ("de", "fr", "it")
-        assert 1 / 3 <= (found["language"].confidence or 0) <= 1
-        assert describer.describe([clip])[0]["language"].confidence == pytest.approx(
-            found["language"].confidence, abs=1e-5
+    assert together[1] == together[3] == {}  # nobody speaks; nothing is to be heard
+    for place in (0, 2):
+        found = together[place]["language"]
+        assert found.value in ("de", "fr", "it")
+        assert 1 / 3 <= (found.confidence or 0) <= 1
+        assert describer.describe([clips[place]])[0]["language"].confidence == pytest.approx(
+            found.confidence, abs=1e-5
         )
     with pytest.raises(UserError, match="one language only"):
         LanguageDescriber(str(whisper_dir)).describe(clips)
+
+
+def test_an_unsure_language_is_looked_for_in_thirty_seconds(
+    tmp_path: Path, whisper_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whisper = Whisper(str(tiny_multilingual(tmp_path, whisper_dir)))
+    sounds = [np.full(8_000, 0.1, np.float32), np.full(40_000, 0.1, np.float32)]
+    lengths = []
+    encode = whisper.encode
+
+    def listen(sounds: list[np.ndarray], seconds: int) -> torch.Tensor:
+        lengths.append(seconds)
+        return encode(sounds, seconds)
+
+    monkeypatch.setattr(whisper, "encode", listen)
+    whisper.languages_of(sounds)  # of three random ones none is likely
+    assert lengths == [1, 3, 30]
+    monkeypatch.setattr("describers.whisper.SURE_OF_LANGUAGE", 0.0)
+    whisper.languages_of(sounds)
+    assert lengths == [1, 3, 30, 1, 3]
+
+
+def test_words_are_written_in_the_language_that_is_known(tmp_path: Path, whisper_dir: Path) -> None:
+    whisper = Whisper(str(tiny_multilingual(tmp_path, whisper_dir)))
+    prompts = []
+    step = whisper._step
+
+    def watched(ids: torch.Tensor, states: torch.Tensor, cache: object) -> torch.Tensor:
+        prompts.append(ids.tolist())
+        return step(ids, states, cache)
+
+    whisper._step = watched  # type: ignore[method-assign]
+    whisper.never = torch.tensor([number for number in range(51865) if number != whisper.end])
+    whisper.never_first = torch.tensor([], dtype=torch.long)
+    sound = np.full(8_000, 0.1, np.float32)
+    (free, *_), (known, *_) = (whisper.transcribe([sound], languages=[code]) for code in (None, "it"))
+    assert (known.language, 1 / 3 <= free.language < 1) == (1.0, True)
+    # Start, language, task, no times: the second run is not done again, as nothing about it is doubtful.
+    italian = whisper.languages[whisper.codes.index("it")]
+    assert prompts[-1] == [[italian, whisper._token("<|transcribe|>"), whisper.no_timestamps]]
+
+
+@pytest.mark.assets
+def test_the_language_of_synthetic_speech_and_words_in_it() -> None:
+    import soxr
+
+    from speech_llm.synthesis import espeak
+
+    said = {
+        "de": "Guten Morgen, heute ist das Wetter sehr schön und wir gehen in die Stadt.",
+        "es": "Buenos días, mañana vamos a la playa con nuestros amigos.",
+        "it": "Buongiorno, oggi andiamo al mercato per comprare il pane e la frutta.",
+    }
+    clips = []
+    for code, text in said.items():
+        spoken = espeak.synthesize(text, code, 140)
+        samples = soxr.resample(spoken, espeak.SAMPLE_RATE_HZ, SAMPLE_RATE_HZ).astype(np.float32)
+        clips.append(Clip(code, Path(code), len(samples) / SAMPLE_RATE_HZ, samples))
+    found = attribute_describer("language").describe(clips)
+    assert [row["language"].value for row in found] == list(said)
+    for clip, row in zip(clips, found, strict=True):
+        clip.known = row
+    (german, *_) = TranscriptDescriber(WHISPER_BASE).describe(clips[:1])
+    assert {"morgen", "heute", "gehen"} <= set(
+        str(german["transcript"].value).lower().replace(",", "").split()
+    )
 
 
 @pytest.mark.assets

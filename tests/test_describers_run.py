@@ -196,6 +196,14 @@ def test_other_settings_or_another_input_start_over(tmp_path: Path, change: str)
     assert out.read_text() == fresh.read_text()
 
 
+def test_a_describer_that_has_changed_starts_over(tmp_path: Path) -> None:
+    manifest = many_clips(tmp_path)
+    for version, kept in (("1", 0), ("1", 12), ("2", 0)):
+        describer = Loudness()
+        describer.version = version  # type: ignore[attr-defined]
+        assert run(manifest, tmp_path / "out.jsonl", describer).kept == kept
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_only_whole_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
