@@ -282,9 +282,8 @@ def transcript(clips: Sequence[Clip], asr: str) -> Iterator[str]:
         results.append((name, texts, time.process_time() - start))
     start = time.process_time()
     written = []
-    task = (
-        {"task": "transcribe"} if plain.languages else {}
-    )  # without it, it is not told to write what is said
+    # Without a task a multilingual one is not told to write what is said.
+    task = {"task": "transcribe"} if plain.languages else {}
     for clip in clips:
         assert clip.samples is not None
         made = plain.processor.feature_extractor(

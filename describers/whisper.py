@@ -82,15 +82,15 @@ class Whisper:
         self.no_speech = (
             self.no_timestamps - 1
         )  # called <|nospeech|> or <|nocaptions|>, always the one before
-        tokens = self.tokenizer.get_vocab()
-        multilingual = "<|transcribe|>" in tokens and bool(
+        multilingual = "<|transcribe|>" in self.tokenizer.get_vocab() and bool(
             getattr(settings, "is_multilingual", model.config.vocab_size >= 51865)
         )
         self.languages = (
             sorted((getattr(settings, "lang_to_id", None) or {}).values()) if multilingual else []
         )
-        # ISO 639-1, in the order of `languages`.
-        self.codes = [str(t).strip("<|>") for t in self.tokenizer.convert_ids_to_tokens(self.languages)]
+        # ISO 639-1, in the order of `languages`; Whisper has an old code for Javanese.
+        tokens = self.tokenizer.convert_ids_to_tokens(self.languages)
+        self.codes = [{"jw": "jv"}.get(code, code) for code in (str(token).strip("<|>") for token in tokens)]
         self.never = torch.tensor(
             sorted({*(settings.suppress_tokens or []), *range(self.end + 1, model.config.vocab_size)})
         )

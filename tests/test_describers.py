@@ -142,6 +142,13 @@ def test_labels_in_many_spellings_mean_one_value() -> None:
     assert synonyms("gender", "female")[:2] == ["female", "woman"]
 
 
+def test_every_language_that_whisper_may_find_has_a_name() -> None:
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    for code, name in LANGUAGES.items():
+        assert name in [word.lower() for word in synonyms("language", {"jw": "jv"}.get(code, code))]
+
+
 def test_a_language_code_is_no_word_of_an_answer() -> None:
     assert synonyms("language", "it") == ["Italian"]
 
