@@ -247,7 +247,6 @@ def measure(spec: Spec) -> dict[str, Any]:
     """Time one epoch of a spec; of "ours" the first (the cache is filled) and one that reads the cache."""
     arm = Arm(spec)
     epoch = plain_epoch if spec.way == "plain" else our_epoch
-    peak = matmul_gflops(arm.dtype, arm.device, seconds=0.5)
     filling = arm.clock.now()
     data = arm.rows(fill=spec.way == "ours")
     fill_s = arm.clock.now() - filling
@@ -257,7 +256,10 @@ def measure(spec: Spec) -> dict[str, Any]:
     epoch(arm, data, 2 if arm.compiled is None else None)
     data.packs = packs
     arm.clock.seconds = dict.fromkeys(PARTS, 0.0)
-    if arm.device.type == "cuda":
+    # Measured before and after: some machines change their speed within seconds.
+    peak = matmul_gflops(arm.dtype, arm.device, seconds=0.5)
+    cuda = arm.device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     profiler = torch.profiler.profile() if spec.profile else None
     if profiler is not None:
@@ -269,9 +271,10 @@ def measure(spec: Spec) -> dict[str, Any]:
     if profiler is not None:
         profiler.stop()
         told = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14)
+    memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else memory_mb()
+    peak = max(peak, matmul_gflops(arm.dtype, arm.device, seconds=0.5))
     parts = arm.clock.seconds
     llm_s = parts["LLM forward"] + parts["backward"]
-    cuda = arm.device.type == "cuda"
     return {
         "spec": asdict(spec),
         "seconds": seconds,
@@ -286,7 +289,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "peak_gflops": peak,
         "llm_gflops": work.operations / max(1e-9, llm_s) / 1e9,
         "share_of_peak": work.operations / max(1e-9, llm_s) / 1e9 / peak,
-        "memory_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else memory_mb(),
+        "memory_mb": memory,
         "dtype": str(arm.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
