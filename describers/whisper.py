@@ -22,8 +22,9 @@ text only through a long-form path that decodes everything again at other temper
 from __future__ import annotations
 
 import copy
+import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,51 +114,62 @@ class Whisper:
         rounding up to whole seconds share a batch, so that a result does not depend on its batch-mates.
         """
         languages = languages or [None] * len(sounds)
-        out: list[Heard] = [Heard("", 0.0, 1.0)] * len(sounds)
-        for batch, states in self.encoded(sounds, batch_size, padded):
-            limit = [
-                int(len(sounds[index]) / SAMPLE_RATE_HZ * _TOKENS_PER_S) + _TOKENS_PER_S for index in batch
+
+        def write(places: Sequence[int], states: torch.Tensor) -> list[Heard]:
+            limits = [
+                int(len(sounds[place]) / SAMPLE_RATE_HZ * _TOKENS_PER_S) + _TOKENS_PER_S for place in places
             ]
-            heard = self._decode(states, limit, [languages[index] for index in batch])
-            for index, words in zip(batch, heard, strict=True):
-                out[index] = words
-        doubtful = [i for i, words in enumerate(out) if words.loop or words.language < SURE_OF_LANGUAGE]
-        again = [] if padded else doubtful
-        if again:
-            heard = self.transcribe(
-                [sounds[i] for i in again], batch_size, True, [languages[i] for i in again]
-            )
-            for index, words in zip(again, heard, strict=True):
-                out[index] = words
-        return out
+            return self._decode(states, limits, [languages[place] for place in places])
+
+        def doubtful(heard: Heard) -> bool:
+            return heard.loop or heard.language < SURE_OF_LANGUAGE
+
+        return self._listen(sounds, batch_size, padded, write, doubtful)
 
     def languages_of(
         self, sounds: Sequence[np.ndarray], batch_size: int = 16, padded: bool = False
     ) -> list[np.ndarray]:
         """Log-probabilities (languages,) of each sound; `transcribe` without the words. For multilingual models only."""
-        out = [np.empty(0)] * len(sounds)
-        for batch, states in self.encoded(sounds, batch_size, padded):
-            for index, row in zip(batch, self.language_log_probabilities(states).cpu().numpy(), strict=True):
-                out[index] = row
-        unsure = [index for index, row in enumerate(out) if np.exp(row.max()) < SURE_OF_LANGUAGE]
-        if unsure and not padded:
-            again = self.languages_of([sounds[index] for index in unsure], batch_size, padded=True)
-            for index, row in zip(unsure, again, strict=True):
-                out[index] = row
-        return out
 
-    def encoded(
-        self, sounds: Sequence[np.ndarray], batch_size: int, padded: bool
-    ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Batches of places in `sounds`, and what the decoder shall see of these; see `transcribe`."""
-        groups: dict[int, list[int]] = {}
-        for index, samples in enumerate(sounds):
-            near_s = WINDOW_S if padded else min(np.ceil(len(samples) / SAMPLE_RATE_HZ + _NEAR_S), WINDOW_S)
-            groups.setdefault(int(near_s), []).append(index)
-        for seconds, members in sorted(groups.items()):
-            for start in range(0, len(members), batch_size):
-                batch = members[start : start + batch_size]
-                yield batch, self.encode([sounds[index] for index in batch], seconds)
+        def name(_: Sequence[int], states: torch.Tensor) -> np.ndarray:
+            return self.language_log_probabilities(states).cpu().numpy()
+
+        def doubtful(row: np.ndarray) -> bool:
+            return bool(np.exp(row.max()) < SURE_OF_LANGUAGE)
+
+        return self._listen(sounds, batch_size, padded, name, doubtful)
+
+    def _listen(
+        self,
+        sounds: Sequence[np.ndarray],
+        batch_size: int,
+        padded: bool,
+        hear: Callable[[Sequence[int], torch.Tensor], Iterable[Any]],
+        doubtful: Callable[[Any], bool],
+    ) -> list[Any]:
+        """What `hear` makes of each sound, told places in `sounds` and what the decoder shall see of them; what is `doubtful` of a
+        sound that was padded to less than 30 s is heard again with all of them. See `transcribe`."""
+        out: list[Any] = [None] * len(sounds)
+        whole = int(WINDOW_S)
+        padded_to = [
+            whole if padded else min(math.ceil(len(sound) / SAMPLE_RATE_HZ + _NEAR_S), whole)
+            for sound in sounds
+        ]
+        left = list(range(len(sounds)))
+        while left:
+            groups: dict[int, list[int]] = {}
+            for place in left:
+                groups.setdefault(padded_to[place], []).append(place)
+            for seconds, members in sorted(groups.items()):
+                for start in range(0, len(members), batch_size):
+                    batch = members[start : start + batch_size]
+                    states = self.encode([sounds[place] for place in batch], seconds)
+                    for place, found in zip(batch, hear(batch, states), strict=True):
+                        out[place] = found
+            left = [place for place in left if padded_to[place] < whole and doubtful(out[place])]
+            for place in left:
+                padded_to[place] = whole
+        return out
 
     @torch.inference_mode()
     def encode(self, sounds: Sequence[np.ndarray], seconds: int) -> torch.Tensor:

@@ -161,6 +161,9 @@ def test_an_unsure_language_is_looked_for_in_thirty_seconds(
     monkeypatch.setattr("describers.whisper.SURE_OF_LANGUAGE", 0.0)
     whisper.languages_of(sounds)
     assert lengths == [1, 3, 30, 1, 3]
+    monkeypatch.setattr("describers.whisper.SURE_OF_LANGUAGE", 1.1)
+    whisper.languages_of([np.full(480_000, 0.1, np.float32)])  # it was heard in 30 s
+    assert lengths == [1, 3, 30, 1, 3, 30]
 
 
 def test_words_are_written_in_the_language_that_is_known(tmp_path: Path, whisper_dir: Path) -> None:

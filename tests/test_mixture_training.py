@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from learning import asked_tones
+from learning import QUICKSTART, asked_tones
 from tiny_models import tiny_model
 
 import speech_llm.model
@@ -24,7 +24,6 @@ from speech_llm.training.losses import cross_entropy_sum
 from speech_llm.training.rows import build_training_set
 from speech_llm.training.student import Student
 
-QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 LORA = {"rank": 4, "alpha": 16, "dropout": 0.0, "target_modules": None}
 TALK = [
     ("Where is Oslo?", "In Norway."),

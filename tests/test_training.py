@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from learning import asked_tones
+from learning import QUICKSTART, asked_tones
 from tiny_models import tiny_model
 
 import speech_llm.model
@@ -21,8 +21,6 @@ from speech_llm.examples import write_examples
 from speech_llm.files import read_jsonl, write_jsonl
 from speech_llm.recipe import Recipe, load_recipe
 from speech_llm.training.soft_words import SoftWords
-
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 @pytest.fixture
