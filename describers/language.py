@@ -15,7 +15,7 @@ from describers.classifier import THRESHOLD
 from describers.records import Attribute, Clip
 from describers.speech_activity import speech_activity
 from describers.voting import judge
-from describers.whisper import Whisper
+from describers.whisper import Whisper, shared_whisper
 from speech_llm.errors import UserError
 
 
@@ -53,7 +53,7 @@ class LanguageDescriber:
 
     def _load(self) -> Whisper:
         if self._whisper is None:
-            whisper = Whisper(self.asr, self._device)
+            whisper = shared_whisper(self.asr, self._device)
             if not whisper.languages:
                 raise UserError(
                     f"{self.asr} knows one language only; name a multilingual Whisper, as in "

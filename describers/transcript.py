@@ -15,7 +15,7 @@ import numpy as np
 from describers.records import Attribute, Clip, windows
 from describers.silence import SILENCE_DBFS, loudest_dbfs  # noqa: F401 - others take them from here
 from describers.speech_activity import speech_activity
-from describers.whisper import WINDOW_S, Heard, Whisper
+from describers.whisper import WINDOW_S, Heard, Whisper, shared_whisper
 from speech_llm.audio import SAMPLE_RATE_HZ
 
 # Whisper's own rule (Radford et al. 2022, section 4.5): no speech when the no-speech token is likely and the text is not;
@@ -65,7 +65,7 @@ class TranscriptDescriber:
 
     def _hear(self, sounds: Sequence[np.ndarray], languages: Sequence[str | None]) -> list[Heard]:
         if self._whisper is None:
-            self._whisper = Whisper(self.asr, self._device)
+            self._whisper = shared_whisper(self.asr, self._device)
         return self._whisper.transcribe(sounds, self.batch_size, self.padded, languages)
 
     def _attributes(self, clip: Clip, segments: list[tuple[float, float, Heard]]) -> dict[str, Attribute]:

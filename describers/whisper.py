@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -267,6 +268,17 @@ class Whisper:
             input_ids=ids.to(self.device), encoder_hidden_states=states, past_key_values=cache, use_cache=True
         )
         return self.model.proj_out(out.last_hidden_state[:, -1]).float()
+
+
+_in_use: weakref.WeakValueDictionary[tuple[str, str | None], Whisper] = weakref.WeakValueDictionary()
+
+
+def shared_whisper(reference: str, device: str | None = None) -> Whisper:
+    """The one `Whisper` of this reference for all who ask for it; let go when none of them is left."""
+    whisper = _in_use.get((reference, device))
+    if whisper is None:
+        whisper = _in_use[reference, device] = Whisper(reference, device)
+    return whisper
 
 
 def at_positions(encoder: Any, positions: torch.Tensor) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,21 @@ def test_the_language_token_of_a_multilingual_whisper_is_the_language(
         )
     with pytest.raises(UserError, match="one language only"):
         LanguageDescriber(str(whisper_dir)).describe(clips)
+
+
+def test_language_and_transcript_share_one_whisper_which_is_let_go_with_them(
+    tmp_path: Path, whisper_dir: Path
+) -> None:
+    reference = str(tiny_multilingual(tmp_path, whisper_dir))
+    noise = (0.1 * np.random.default_rng(0).standard_normal(8_000)).astype(np.float32)
+    clips = [heard_as(True, noise)]
+    language, transcript = LanguageDescriber(reference), TranscriptDescriber(reference)
+    language.describe(clips), transcript.describe(clips)
+    assert language._whisper is transcript._whisper
+    alive = weakref.ref(language._whisper)
+    del language, transcript
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_unsure_language_is_looked_for_in_thirty_seconds(
