@@ -26,7 +26,7 @@ import scipy.signal
 
 from describers.noise import NoiseDescriber
 from describers.pitch import MEAN_HZ, PitchDescriber
-from describers.records import Attribute, Clip, Describer
+from describers.records import Attribute, Clip, Describer, windows
 from describers.reverberation import (
     ReverberationDescriber,
     fall_counts,
@@ -249,7 +249,8 @@ def calibrate(clips: Sequence[Clip]) -> Iterator[str]:
     rows, targets = [], []
     for rt60_s in (*RT60S_S, 1.6):
         for index, clip in enumerate(clips):
-            statistics = steepest_rt60_s(fall_counts([in_room(clip, exponential_room(rt60_s, index))]))
+            wet = again(clip, in_room(clip, exponential_room(rt60_s, index)))
+            statistics = steepest_rt60_s(fall_counts(windows(wet), speech_activity(wet)))
             rows.append([1.0, *np.log(statistics)])
             targets.append(np.log(rt60_s))
     fit, *_ = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)

@@ -125,7 +125,8 @@ class _Sums:
         power = power_spectra(samples)
         time_s = start_s + (np.arange(len(power)) * _HOP + FRAME / 2) / SAMPLE_RATE_HZ
         total = power.sum(axis=1)
-        alive = total > FRAME * 10 ** (_ALIVE_DBFS / 10) / 2
+        # Where the recording has an offset, digital silence has one too, which the window spreads over the lowest band.
+        alive = power[:, 1:].sum(axis=1) > FRAME * 10 ** (_ALIVE_DBFS / 10) / 2
         speech = activity.inside(time_s) & alive
         pause = ~activity.inside(time_s, _BEFORE_S, _AFTER_S) & alive
         if pause.any():
@@ -154,7 +155,7 @@ def _measure(clip: Clip) -> Measured | None:
         return None
     sums = _Sums()
     for start_s, samples in windows(clip):
-        sums.add(start_s, samples - samples.mean(), activity)
+        sums.add(start_s, without_offset(samples), activity)
     if sums.speech_frames == 0:
         return None
     speech = sums.speech / sums.speech_frames
@@ -175,6 +176,13 @@ def _measure(clip: Clip) -> Measured | None:
     if snr_db > HIGHEST_DB:
         snr_db, how = HIGHEST_DB, f"{how}; at least {HIGHEST_DB:g} dB"
     return Measured(snr_db, max(quietest_db, snr_db), how, pauses_s >= LEAST_PAUSES_S, bool(steady))
+
+
+def without_offset(samples: np.ndarray) -> np.ndarray:
+    """Samples (n,) without their mean, digital silence left out of it: padding must not hide an offset."""
+    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
+    alive = frames.var(axis=1) > 10 ** (_ALIVE_DBFS / 10)
+    return samples - (frames[alive].mean() if alive.any() else samples.mean())
 
 
 def power_spectra(samples: np.ndarray, hop: int = _HOP) -> np.ndarray:

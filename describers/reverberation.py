@@ -2,7 +2,7 @@
 
 Blind, after Wen, Habets & Naylor (2008) and Eaton, Gaubitch & Naylor (2013): in a room no band of a sound can fall faster
 than the room lets it, so the steepest falls of the envelopes of speech tell how fast that is. The statistic is the
-steepest percent of the slopes of straight lines laid through 0.13 s and 0.26 s of every band; its relation to RT60 was
+steepest percent of the slopes of straight lines laid from speech on through 0.13 s and 0.26 s of every band; its relation to RT60 was
 fitted on speech convolved with exponentially decaying noise (`python -m describers.measure calibrate`).
 
 Limits, honestly: even dry speech dies away at its own pace, so that below 0.3 s the estimate says little more than
@@ -19,7 +19,7 @@ import numpy as np
 
 from describers.noise import FRAME, SMOOTH, measure_snr, power_spectra, smoothed
 from describers.records import Attribute, Clip, windows
-from describers.speech_activity import speech_activity
+from describers.speech_activity import Activity, speech_activity
 from describers.transcript import SILENCE_DBFS, loudest_dbfs
 from speech_llm.audio import SAMPLE_RATE_HZ
 
@@ -35,7 +35,7 @@ _STEEPEST = 0.01
 # Slopes are counted in bins up to 2,000 dB/s; a floor 40 dB down leaves no line that falls faster.
 _BIN_DB_PER_S, _BINS = 0.1, 20_000
 # log RT60 = c0 + c1 log(a) + c2 log(b), a and b the RT60 of the steepest 0.13 s and 0.26 s.
-_FIT = (0.793, 0.481, 1.665)
+_FIT = (0.887, 0.594, 1.571)
 LEAST_SPEECH_S = 2.0
 LEAST_SNR_DB = 15.0
 # What can be told apart: dry speech looks like 0.2 s, and beyond 2 s hardly anything falls within a word.
@@ -70,7 +70,7 @@ class ReverberationDescriber:
         noise = measure_snr(clip)
         if activity.speech_s < LEAST_SPEECH_S or noise is None or noise.quietest_db < LEAST_SNR_DB:
             return {}
-        rt60 = speech_rt60_s(fall_counts(samples for _, samples in windows(clip)))
+        rt60 = speech_rt60_s(fall_counts(windows(clip), activity))
         how = "steepest falls of the speech in 8 bands"
         found = {"rt60_s": Attribute(round(rt60, 2), "s", how=how)}
         if (word := reverberation_band(rt60)) is not None:
@@ -107,23 +107,30 @@ def steepest_rt60_s(counts: np.ndarray) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def fall_counts(sounds: Iterable[np.ndarray]) -> np.ndarray:
+def fall_counts(sounds: Iterable[tuple[float, np.ndarray]], activity: Activity | None = None) -> np.ndarray:
     """How many straight lines through the band envelopes fall how steeply: (2, bins), of lines of 0.13 s and of 0.26 s.
 
-    `sounds`: the windows of a recording, samples at 16 kHz. Bins are 0.1 dB/s wide (an RT60 of 1 s is 60 dB/s), what rises
-    is in the first. Counted and not kept, an hour needs no more memory than a minute.
+    `sounds`: the windows of a recording, each with its start in s, samples at 16 kHz. `activity`: only lines that begin within
+    its speech are counted, so that pauses and padding, in which nothing falls, do not thin out the steepest ones; None counts
+    all. Bins are 0.1 dB/s wide (an RT60 of 1 s is 60 dB/s), what rises is in the first. Counted and not kept, an hour needs
+    no more memory than a minute.
     """
     counts = np.zeros((len(_LINES), _BINS), np.int64)
-    for samples in sounds:
+    for start_s, samples in sounds:
         samples = samples - samples.mean()
         if len(samples) < FRAME + _HOP * (SMOOTH + _LINES[-1]):
             continue
         bands = np.add.reduceat(power_spectra(samples, _HOP), _EDGES, axis=1)[:, :-1]
-        bands = bands + 10 ** (_FLOOR_DB / 10) * np.quantile(bands, 0.99, axis=0)
+        time_s = start_s + (np.arange(len(bands)) * _HOP + FRAME / 2) / SAMPLE_RATE_HZ
+        spoken = np.ones(len(bands), bool) if activity is None else activity.inside(time_s)
+        if not spoken.any():
+            continue
+        bands = bands + 10 ** (_FLOOR_DB / 10) * np.quantile(bands[spoken], 0.99, axis=0)
         level_db = 10 * np.log10(np.maximum(smoothed(bands), 1e-15))
         for row, length in zip(counts, _LINES, strict=True):
             time = np.arange(length) - (length - 1) / 2
             lines = np.lib.stride_tricks.sliding_window_view(level_db, length, axis=0)
+            lines = lines[spoken[: len(lines)]]
             falls = -(lines @ time / (time @ time) * (SAMPLE_RATE_HZ / _HOP)).ravel()
             places = np.clip(falls / _BIN_DB_PER_S, 0, _BINS - 1).astype(int)
             row += np.bincount(places, minlength=_BINS)
