@@ -7,8 +7,9 @@ with its reason, so that every input is accounted for exactly once.
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from speech_llm.errors import UserError
 from speech_llm.files import explain_os_error, read_jsonl
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")
+# Characters of one cell of a CSV file; the library's own limit of 131,072 is met by long transcripts.
+_LONGEST_CELL = 10_000_000
 
 
 @dataclass
@@ -73,6 +76,26 @@ def listing_files(source: str | Path) -> list[Path]:
     return [path] if path.is_file() and path.suffix.lower() not in SUFFIXES else []
 
 
+def sounds_stamp(source: str | Path, out: Path) -> str | None:
+    """Changes when a sound file is added, taken away, replaced or mended; None for datasets that are streamed.
+
+    By size and time of change, as to read every sound again would take as long as describing it.
+    """
+    path = Path(source)
+    if not path.exists() or (path.is_dir() and not _listings(path) and (_parquet(path) or _saved(path))):
+        return None
+    digest = hashlib.sha256()
+    for entry in _stream(str(source), out):
+        if entry.reason is None:
+            try:
+                stat = entry.path.stat()
+                state = f"{stat.st_size} {stat.st_mtime_ns}"
+            except OSError:
+                state = "not there"
+            digest.update(f"{entry.id} {state}\n".encode(errors="backslashreplace"))
+    return digest.hexdigest()
+
+
 def _stream(source: str, out: Path) -> Iterator[Entry]:
     path = Path(source)
     if path.is_dir():
@@ -121,15 +144,21 @@ def _folder(folder: Path, out: Path) -> Iterator[Entry]:
             f"{folder}: no sound files in this folder (looked for {', '.join(SUFFIXES[:4])}, ... also in its subfolders)"
         )
     for number, file in enumerate(files, start=1):
+        if not _printable(file):
+            name = os.fsencode(_named(file, out)).decode("utf-8", "backslashreplace")
+            yield Entry(number, name, name, file, reason="its name is not UTF-8; rename it")
+            continue
         yield Entry(number, file.relative_to(folder).as_posix(), _named(file, out), file)
 
 
 def _manifest(manifest: Path, out: Path) -> Iterator[Entry]:
     """Lines with `audio` (or the hub's `file_name`) relative to the manifest, and any other columns."""
     bad: list[Entry] = []
-    rows = _csv_rows(manifest) if manifest.suffix.lower() == ".csv" else read_jsonl(
-        manifest, lambda number, _text, reason: bad.append(Entry(number, "", None, manifest, reason=reason))
-    )  # fmt: skip
+
+    def set_aside(number: int, _text: str, reason: str) -> None:
+        bad.append(Entry(number, "", None, manifest, reason=reason))
+
+    rows = (_csv_rows if manifest.suffix.lower() == ".csv" else read_jsonl)(manifest, set_aside)
     empty = True
     for number, row in rows:
         yield from bad
@@ -150,15 +179,33 @@ def _manifest(manifest: Path, out: Path) -> Iterator[Entry]:
         raise UserError(f"{manifest}: the manifest has no lines")
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(
+    path: Path, on_bad_line: Callable[[int, str, str], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(_LONGEST_CELL)
     try:
-        with open(path, encoding="utf-8", errors="replace", newline="") as handle:
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as handle:
             reader = csv.DictReader(handle)
-            for row in reader:
+            columns = [column for column in reader.fieldnames or [] if column]
+            if columns and not {"audio", "file_name"} & set(columns):
+                raise UserError(
+                    f"{path}: no column 'audio' (paths relative to the manifest) among its columns "
+                    f"{', '.join(map(repr, columns))}; the first line must name them, separated by commas"
+                )
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    on_bad_line(reader.line_num, "", f"line {reader.line_num} cannot be read ({error})")
+                    continue
                 yield (
                     reader.line_num,
                     {key: value for key, value in row.items() if key and value not in (None, "")},
                 )
+    except csv.Error as error:
+        raise UserError(f"{path}: its first line cannot be read ({error})") from None
     except OSError as error:
         raise explain_os_error(error, path) from error
 
@@ -236,6 +283,14 @@ def _saved(folder: Path) -> bool:
 
 def _sound_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _printable(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _named(path: Path, out: Path) -> str:

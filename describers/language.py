@@ -6,14 +6,12 @@ section 2.3); how likely it finds each is the confidence, which nobody has calib
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from describers.classifier import THRESHOLD
 from describers.records import Attribute, Clip
-from describers.speech_activity import speech_activity
 from describers.voting import judge
 from describers.whisper import Whisper, shared_whisper
 from speech_llm.errors import UserError
@@ -34,11 +32,8 @@ class LanguageDescriber:
         self._whisper: Whisper | None = None
 
     def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
-        speaks = [bool(speech_activity(clip).spans) for clip in clips]  # it finds a language in any noise
-        judged = iter(judge(list(itertools.compress(clips, speaks)), self._listen))
         found: list[dict[str, Attribute]] = []
-        for spoken in speaks:
-            probabilities = next(judged) if spoken else None
+        for probabilities in judge(clips, self._listen, of_speech=True):  # it finds a language in any noise
             found.append({})
             if probabilities is not None and probabilities.max() >= self.threshold:
                 best = int(probabilities.argmax())

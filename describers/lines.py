@@ -12,7 +12,7 @@ from typing import Any
 from describers.compose import compose
 from describers.inputs import Entry
 from describers.records import Attribute, Clip
-from describers.vocabulary import canonical
+from describers.vocabulary import canonical, is_missing
 from speech_llm.files import JsonlAppender, explain_os_error, read_json, read_jsonl, write_json
 
 
@@ -131,7 +131,7 @@ class Lines:
             self.report.coverage[name] = self.report.coverage.get(name, 0) + 1
         for column, attribute in self._checks.items():
             label = entry.row.get(column)
-            if label not in (None, ""):
+            if not is_missing(attribute, label):
                 value = row["attributes"].get(attribute)
                 labels, told, confidence = self.compared[attribute]
                 labels.append(canonical(attribute, label))

@@ -19,7 +19,7 @@ from describers.inputs import Entry, count_entries, read_entries
 from describers.lines import reason_kind
 from describers.perturb import at_random
 from describers.run import decode_entry
-from describers.vocabulary import canonical
+from describers.vocabulary import canonical, is_missing
 from describers.voting import loud_windows
 from speech_llm.audio import SAMPLE_RATE_HZ, AudioError, audio_hash
 from speech_llm.errors import UserError
@@ -130,7 +130,7 @@ def read_material(
                     material.aside[reason_kind(entry.reason)] += 1
                 continue
             given = label or entry.row.get(column or attribute)
-            if entry.reason is None and given in (None, ""):
+            if entry.reason is None and is_missing(attribute, given):
                 material.aside[f"no label in column {column or attribute!r}"] += 1
                 continue
             try:

@@ -19,7 +19,6 @@ import numpy as np
 
 from describers.features import EncoderFeatures, shared_features
 from describers.records import Attribute, Clip
-from describers.speech_activity import speech_activity
 from describers.voting import judge
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write, sha256_file
@@ -93,11 +92,10 @@ class ProbeDescriber:
     def describe(self, clips: Sequence[Clip]) -> list[dict[str, Attribute]]:
         how = f"probe {self.path.name} on {self.probe.about['encoder']['reference']}"
         found: list[dict[str, Attribute]] = []
-        for clip, probabilities in zip(clips, judge(clips, self._listen), strict=True):
+        judged = judge(clips, self._listen, of_speech=self.probe.attribute in OF_A_VOICE)
+        for probabilities in judged:
             found.append({})
             if probabilities is None or self.threshold is None:
-                continue
-            if self.probe.attribute in OF_A_VOICE and not speech_activity(clip).spans:
                 continue
             # What is most like background has no label that is likely.
             best = int(probabilities[: len(self.probe.labels)].argmax())

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from describers.cache import Cache, keys_of, version_of
-from describers.compose import FORMS
-from describers.inputs import Entry, count_entries, listing_files, read_entries
+from describers.compose import DEFAULT_ORDER, FORMS
+from describers.inputs import Entry, count_entries, listing_files, read_entries, sounds_stamp
 from describers.lines import DescribeReport, Lines, OtherInput
 from describers.named import LabelMap, attribute_describer
 from describers.records import Attribute, Clip, Describer
@@ -29,6 +29,7 @@ from describers.scoring import score
 from describers.signal import SIGNAL_DESCRIBERS
 from describers.simple import DurationDescriber, LabelsDescriber
 from describers.transcript import TranscriptDescriber
+from describers.vocabulary import SYNONYMS
 from speech_llm.audio import SAMPLE_RATE_HZ, AudioError, audio_hash, duration_s, load_audio, stream_audio
 from speech_llm.errors import UserError, nearest
 from speech_llm.files import atomic_write, sha256_file, stable_hash, write_json
@@ -75,6 +76,8 @@ def describe_inputs(
     Raises `UserError`: unknown describer or form, no such input, a full disk (finished lines are kept).
     """
     out = Path(out)
+    if not out.name or out.is_dir():
+        raise UserError(f"{out}: the output must be a file, for example {out / 'described.jsonl'}")
     started = time.monotonic()
     chosen = named_describers(use, label_columns, asr, batch_size, label_maps) + list(describers or [])
     if form not in FORMS:
@@ -82,6 +85,7 @@ def describe_inputs(
             f"unknown description form {form!r}; choose one of {', '.join(FORMS)}.{nearest(form, [*FORMS])}"
         )
     telling = {"form": form, **(telling or {})}
+    _check_told(telling.get("use") or (), chosen)
     settings = {
         "version": _VERSION,
         "use": [describer.name for describer in chosen],
@@ -91,6 +95,7 @@ def describe_inputs(
         "telling": stable_hash(telling),
         "only": {name: stable_hash(sorted(ids)) for name, ids in (only or {}).items()},
         "input": [sha256_file(path) for path in listing_files(input)],
+        "sounds": sounds_stamp(input, out),
     }
     if out.resolve() in [path.resolve() for path in listing_files(input)]:
         raise UserError(f"{out}: this is the manifest being read; give another file for the output")
@@ -201,6 +206,18 @@ class _Describing:
         answers = dict(zip(new, describer.describe(list(new.values())), strict=True)) if new else {}
         self.cache.put(answers)
         return [before[key] if key in before else answers[key] for key in keys]
+
+
+def _check_told(names: Sequence[str], describers: Sequence[Describer]) -> None:
+    """Raise `UserError` for an attribute to be told that nobody has heard of; one that nobody finds here is no mistake."""
+    found = {name for describer in describers for name in describer.attributes}
+    known = [*dict.fromkeys([*found, *SYNONYMS, *DEFAULT_ORDER, "speaker"])]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"unknown attribute {name!r} to be told; there are {', '.join(sorted(known))}."
+                + nearest(name, known)
+            )
 
 
 def _in_order(describers: Sequence[Describer]) -> list[int]:

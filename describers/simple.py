@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from describers.records import Attribute, Clip
-from describers.vocabulary import SYNONYMS, canonical
+from describers.vocabulary import SYNONYMS, canonical, is_missing
 
 # Measured attributes: a manifest's column of this name usually tells which noise was mixed in, not how noisy it is.
 _ONLY_WHEN_ASKED = ("noise", "reverberation")
@@ -27,7 +27,8 @@ class LabelsDescriber:
     """Columns of the manifest as attributes: someone already listened.
 
     `columns`: column -> attribute; by default every column that is named like a known attribute (but for `noise` and
-    `reverberation`, which name other things in manifests). Values are brought to the vocabulary's spelling ("F" -> "female"); an absent or empty column gives no attribute.
+    `reverberation`, which name other things in manifests). Values are brought to the vocabulary's spelling ("F" -> "female"); an absent
+    or empty column, one that says "unknown" or NaN, and a list where a word belongs, give no attribute.
     """
 
     name = "labels"
@@ -44,10 +45,19 @@ class LabelsDescriber:
             given = {}
             for column, attribute in self.columns.items():
                 value = clip.row.get(column)
-                if value is None or value == "":
+                if is_missing(attribute, value) or not _fits(attribute, value):
                     continue
                 if isinstance(value, str):
                     value = canonical(attribute, value)
                 given[attribute] = Attribute(value, how=f"given in column {column!r}")
             found.append(given)
         return found
+
+
+def _fits(attribute: str, value: object) -> bool:
+    """`segments` is a list of `{"start_s", "end_s", "text", ...}`, every other attribute a word or a number."""
+    if attribute != "segments":
+        return not isinstance(value, (list, dict))
+    return isinstance(value, list) and all(
+        isinstance(part, dict) and {"start_s", "end_s"} <= part.keys() for part in value
+    )

@@ -328,6 +328,19 @@ def synonyms(attribute: str, value: Any) -> list[str]:
     return list({word.casefold(): word for word in reversed(words)}.values())[::-1]
 
 
+# What people and libraries write where a label is missing.
+MISSING = ("", "nan", "none", "null", "n/a", "na", "unknown", "undefined", "?", "-")
+
+
+def is_missing(attribute: str, value: Any) -> bool:
+    """Whether a table's cell says nothing about an attribute: empty, NaN, "unknown". What somebody said may be such a word."""
+    if value is None or (isinstance(value, float) and value != value):
+        return True
+    if not isinstance(value, str):
+        return False
+    return value.strip() == "" if attribute == "transcript" else value.strip().casefold() in MISSING
+
+
 def canonical(attribute: str, value: Any) -> str:
     """The listed value that a label means ("F" -> "female", "Anger" -> "angry"); the label itself when none is."""
     text = str(value).strip()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from describers.records import Clip, windows
+from describers.speech_activity import speech_activity
 from describers.transcript import SILENCE_DBFS, loudest_dbfs
 from describers.whisper import WINDOW_S
 from speech_llm.audio import SAMPLE_RATE_HZ
@@ -23,22 +24,26 @@ _LEAST_REST_S = 1.0
 _AT_ONCE = 64
 
 
-def loud_windows(clip: Clip) -> Iterator[np.ndarray]:
-    """The clip's windows of at most 30 s in which there is anything to hear."""
+def loud_windows(clip: Clip, of_speech: bool = False) -> Iterator[np.ndarray]:
+    """The clip's windows of at most 30 s in which there is anything to hear; `of_speech`: in which anybody speaks."""
+    spans = speech_activity(clip).spans if of_speech else ()
     for start_s, samples in windows(clip, WINDOW_S):
+        end_s = start_s + len(samples) / SAMPLE_RATE_HZ
+        if of_speech and not any(start < end_s and end > start_s for start, end in spans):
+            continue
         short_rest = start_s > 0 and len(samples) < _LEAST_REST_S * SAMPLE_RATE_HZ
         if not short_rest and loudest_dbfs(samples) > SILENCE_DBFS:
             yield samples
 
 
-def judge(clips: Sequence[Clip], listen: Listen) -> list[np.ndarray | None]:
-    """Probabilities (labels,) of each clip, None for a clip with nothing to judge.
+def judge(clips: Sequence[Clip], listen: Listen, of_speech: bool = False) -> list[np.ndarray | None]:
+    """Probabilities (labels,) of each clip, None for a clip with nothing to judge. `of_speech`: see `loud_windows`.
 
     Of several windows the log-probabilities are averaged, each weighing as much as it is long, and normalised again.
     """
     sums: list[np.ndarray | None] = [None] * len(clips)
     weights = [0.0] * len(clips)
-    pieces = ((index, sound) for index, clip in enumerate(clips) for sound in loud_windows(clip))
+    pieces = ((index, sound) for index, clip in enumerate(clips) for sound in loud_windows(clip, of_speech))
     while several := list(itertools.islice(pieces, _AT_ONCE)):
         for (index, sound), heard in zip(several, listen([sound for _, sound in several]), strict=True):
             if heard is None:

@@ -40,6 +40,8 @@ SUFFIXES = (
     ".webm",
 )
 _BLOCK_S = 10.0
+# Channels whose mean is so far below the louder one cancel each other.
+_CANCELLED_DB = -20.0
 
 
 class AudioError(UserError):
@@ -87,20 +89,33 @@ def stream_audio(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Iter
     with sound:
         resampler = _resampler(sound.samplerate, sample_rate_hz)
         block_frames = int(_BLOCK_S * sound.samplerate)
-        done = False
+        channel: int | None = None
+        decided = done = False
         while not done:
             try:
                 block = sound.read(block_frames, dtype="float32", always_2d=True)
             except soundfile.SoundFileError as error:
                 raise AudioError(path, f"the sound is damaged or cut off ({_plain(error)})") from None
             done = len(block) < block_frames
-            mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+            if not decided and block.any():
+                channel, decided = _instead_of_mean(block), True
+            mono = block.mean(axis=1) if channel is None else block[:, channel]
             if not np.isfinite(mono).all():
                 raise AudioError(path, "it contains NaN or infinite samples")
             if resampler is not None:
                 mono = resampler.resample_chunk(np.ascontiguousarray(mono), last=done)
             if len(mono):
                 yield np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _instead_of_mean(block: np.ndarray) -> int | None:
+    """The channel to take where channels (frames, channels) cancel each other, None where their mean is their sound.
+
+    A cable with its wires crossed, or a stereo widener, gives one channel the sign of the other.
+    """
+    power = np.square(block, dtype=np.float64).mean(axis=0)
+    mean_power = float(np.square(block.mean(axis=1, dtype=np.float64)).mean())
+    return int(power.argmax()) if mean_power < 10 ** (_CANCELLED_DB / 10) * power.max() else None
 
 
 def duration_s(path: str | Path) -> float:

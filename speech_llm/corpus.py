@@ -147,8 +147,10 @@ def _unfit(row: dict[str, Any], manifest: Path, data: DataSection) -> tuple[str,
     """Why a line cannot be used, as a sentence and as a kind to count; unreadable sound is found when described."""
     if not row.get("audio"):
         return "this line has no 'audio'", "no audio"
+    from describers.vocabulary import is_missing
+
     for column in data.require:
-        if row.get(column) in (None, ""):
+        if is_missing(column, row.get(column)):
             return f"this line has no {column!r}, which data.require asks for", f"no {column}"
     from speech_llm.audio import AudioError, duration_s
 

@@ -80,7 +80,7 @@ def read_jsonl(path: str | Path, on_bad_line: Any = None) -> Iterator[tuple[int,
     """
     path = Path(path)
     try:
-        handle = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by the with below
+        handle = open(path, encoding="utf-8-sig", errors="replace")  # noqa: SIM115 - closed by the with below
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -69,6 +69,16 @@ def test_streamed_blocks_are_the_whole_file(tmp_path: Path) -> None:
     assert sum(map(len, blocks)) == pytest.approx(35 * SAMPLE_RATE_HZ, abs=2)
 
 
+def test_channels_that_cancel_each_other_are_heard_by_the_louder_one(tmp_path: Path) -> None:
+    sound = tone(1.0)
+    soundfile.write(
+        tmp_path / "crossed.wav", np.stack([0.9 * sound, -sound], axis=1), 16_000, subtype="FLOAT"
+    )
+    soundfile.write(tmp_path / "wide.wav", np.stack([sound, 0 * sound], axis=1), 16_000, subtype="FLOAT")
+    assert np.allclose(load_audio(tmp_path / "crossed.wav"), -sound)
+    assert np.allclose(load_audio(tmp_path / "wide.wav"), sound / 2)
+
+
 def test_hash_follows_the_sound_not_the_file(tmp_path: Path) -> None:
     a, b = tmp_path / "a.wav", tmp_path / "b.flac"
     samples = (tone(0.5) * 32767).astype(np.int16)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from speech_llm.cli.app import Quiet, app, names_of, pair_of
+from speech_llm.errors import UserError
 
 
 @app.command(
@@ -140,7 +141,7 @@ def describe(
         asr=asr or DEFAULT_ASR,
         form=form,
         progress=not quiet,
-        label_maps={attribute: read_json(path) for attribute, path in maps.items()},
+        label_maps={attribute: _label_map(path) for attribute, path in maps.items()},
         checks=dict(pair_of(item, "--check", "sex=gender") for item in check or []),
         telling={
             "use": names_of(include, "--include") if include is not None else None,
@@ -272,3 +273,15 @@ def fit_describer(
     typer.echo(fit_text(probe))
     typer.echo(f"probe: {out}")
     typer.echo(f"use it: speech-llm describe INPUT --out FILE.jsonl --use {attribute}={out}")
+
+
+def _label_map(path: str) -> dict[str, str | None]:
+    """What a classifier's labels mean, from a file; raises `UserError` for anything but an object of texts and nulls."""
+    from speech_llm.files import read_json
+
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(v, str) or v is None for v in found.values()):
+        raise UserError(
+            f'{path}: expected a JSON object, what each label means, null for nothing: {{"hap": "happy", "oth": null}}'
+        )
+    return found
