@@ -32,6 +32,7 @@ class Run:
     """One run as the report needs it.
 
     `models`: model -> task -> metrics. `probes`: `[{"epoch", PROBE: {SERIES: rate}}]`; `base_probe`: the base LLM's own figures.
+    `strengths`: the same of the trained model with its adapters at part strength, which stands under "epoch".
     `log`: the rows of the training log. `manifests`: (stage, its manifest). `predictions_in`: model -> folder. `notes`: what was
     passed over in reading, in words.
     """
@@ -41,6 +42,7 @@ class Run:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     probes: list[dict[str, Any]] = field(default_factory=list)
     base_probe: dict[str, Any] = field(default_factory=dict)
+    strengths: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
     phases: dict[str, Any] | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -157,6 +159,12 @@ def _fill(run: Run, results: dict[str, Any]) -> None:
     rows = results.get("probes")
     rows = rows if isinstance(rows, list) and rows else _probes_of(run.log)
     run.probes = [new_probe(row) for row in rows if isinstance(row, dict) and is_number(row.get("epoch"))]
+    at_part = results.get("lora_scales")
+    run.strengths = [
+        new_probe({"epoch": row["scale"], **{name: row[name] for name in row if name != "scale"}})
+        for row in (at_part if isinstance(at_part, list) else ())
+        if isinstance(row, dict) and is_number(row.get("scale"))
+    ]
     base = results.get("base_probe")
     if not base:
         path = folders[0] / "train" / "probes" / "base.json"

@@ -28,7 +28,8 @@ MARK = "report_of"
 
 
 def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for every score (`what` = task), every figure of a probe (`what` = probe, or base for the base LLM's own) and what a judge
+    """A row for every score (`what` = task), every figure of a probe (`what` = probe, base for the base LLM's own, or strength for
+    adapters at part strength, whose model is named as under task) and what a judge
     says of a task (`what` = judge; its form stands under `metric`)."""
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -57,13 +58,14 @@ def csv_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                     row["better"] = "lower" if scored[0] in ("wer", "cer") else "higher"
                     rows.append(row)
         places = [
-            ("base", None, run.base_probe),
-            *(("probe", row["epoch"], row) for row in run.probes),
+            ("base", run.main, None, run.base_probe),
+            *(("probe", run.main, row["epoch"], row) for row in run.probes),
+            *(("strength", f"{run.main}@{row['epoch']:g}", None, row) for row in run.strengths),
         ]
-        for what, epoch, found in places:
+        for what, model, epoch, found in places:
             for probe, series in found.items():
                 for name, rate in series.items() if isinstance(series, dict) else ():
-                    row = {"run": run.name, "what": what, "model": run.main, "dimension": probe, "name": name}
+                    row = {"run": run.name, "what": what, "model": model, "dimension": probe, "name": name}
                     row |= {"epoch": epoch, "metric": "probe"}
                     rows.append(row | {key: rate.get(key) for key in ("value", "low", "high", "n", "better")})
         for verdicts in judged(run):
@@ -113,6 +115,7 @@ def write_results(
                 "models": run.models,
                 "probes": run.probes,
                 "base_probe": run.base_probe,
+                "strengths": run.strengths,
                 "training": run.training,
                 "phases": run.phases,
                 "judged": [asdict(row) for row in judged(run)],

@@ -18,6 +18,7 @@ from eval.report.plane import plane
 from eval.report.runs import MAIN, PEERS, Run, is_number, read_runs
 from eval.report.scores import dimensions
 from eval.report.seeds import Group, grouped
+from eval.report.strengths import strengths
 from eval.report.tables import json_path, write_csv, write_results
 from speech_llm.errors import UserError
 from speech_llm.files import atomic_write
@@ -83,6 +84,7 @@ def _shown(run: Run, group: Group, place: int, sounds: Sounds, runs: int) -> dic
         "dimensions": dimensions([Group(run.name, [run], [None])]),
         "json": json_tables(run),
         "phases": run.phases,
+        "strengths": strengths(run),
         "clips": [] if again else clips(run, sounds) if runs == 1 else clips(run, sounds, CLIPS_OF_MANY),
         "judged": judged(run),
         "notes": run.notes,
