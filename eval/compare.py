@@ -37,7 +37,10 @@ def predictions(folder: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]
     Raises `UserError` for a folder without any.
     """
     rows = {}
-    for _, row in read_jsonl(predictions_path(folder)):
+    path = predictions_path(folder)
+    for number, row in read_jsonl(path):
+        if "task" not in row or "id" not in row:
+            raise UserError(f"{path}: line {number} is no scored answer, it has no 'task' or no 'id'")
         key = (str(row["task"]), str(row["id"]), str(row.get("prompt")), str(row.get("label")))
         rows[key] = row
     return rows

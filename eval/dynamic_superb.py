@@ -130,9 +130,11 @@ def _local_rows(folder: Path) -> Iterator[Row]:
                 for number, why in broken:
                     yield f"{path}, line {number}", {"_broken": why}, base
                 return
-            with open(path, newline="", encoding="utf-8-sig") as handle:
+            with open(path, newline="", encoding="utf-8-sig", errors="replace") as handle:
                 for number, row in enumerate(csv.DictReader(handle), start=2):
-                    yield f"{path}, line {number}", dict(row), base
+                    more = row.pop(None, None)  # type: ignore[call-overload]
+                    broken_row = {"_broken": f"there are more cells than columns ({', '.join(more or [])})"}
+                    yield f"{path}, line {number}", broken_row if more else dict(row), base
             return
     import datasets
 
@@ -148,7 +150,11 @@ def _local_rows(folder: Path) -> Iterator[Row]:
         kind = "parquet" if files[0].endswith("parquet") else "arrow"
         own = [file for file in files if file.endswith(kind)]
         tested = [file for file in own if "test" in Path(file).name]
-        loaded = datasets.load_dataset(kind, data_files={"test": tested or own}, split="test")
+        try:
+            loaded = datasets.load_dataset(kind, data_files={"test": tested or own}, split="test")
+        except Exception as error:  # the library raises many kinds
+            why = " ".join(str(error.__cause__ or error).split())[:300]
+            raise UserError(f"{folder}: its {kind} files cannot be read ({why})") from None
     yield from _dataset_rows(loaded, str(folder), folder)
 
 

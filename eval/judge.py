@@ -94,16 +94,18 @@ def judge_folder(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     progress: bool = True,
+    identity: str | None = None,
 ) -> Judged:
     """Put the answers of a folder to the judge (`name`: what it is called) and write what it says beside them.
 
+    `identity`: what verdicts depend on beside the question (default: the name); those given under another are asked for again.
     `tasks`: by name, by default all that have a right answer in words. `limit`: the first so many of each. Raises `UserError`
     when there is nothing to judge, and whatever the judge raises when nothing gets through to it; earlier verdicts are kept.
     """
     path = predictions_path(folder)
     rows, rejects = _readable(path, form)
     rows = _chosen(path, rows, tasks, limit, form)
-    keys = [stable_hash([name, judge_chat(row, form)]) for row in rows]
+    keys = [stable_hash([identity or name, judge_chat(row, form)]) for row in rows]
     with JsonlAppender(path.parent / "judge_journal.jsonl") as journal:
         said = {row["key"]: row["said"] for row in journal.rows}
         waiting: dict[str, dict[str, Any]] = {}

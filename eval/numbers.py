@@ -47,9 +47,36 @@ _SCALE = re.compile(
 )
 
 
+# "two hundred and five", "3.5 thousand": a part of it would be another number. Beyond thousands nothing is read.
+_PART = rf"(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))}|\d+(?:\.\d+)?)"
+_LARGE = re.compile(
+    rf"\b(?:{_PART}[- ]+)*(?:hundred|thousand)\b(?:[- ]+(?:and[- ]+)?(?:{_PART}|hundred|thousand)\b)*",
+    re.IGNORECASE,
+)
+_NOT_READ = re.compile(r"\b(?:hundreds|thousands|millions?|billions?|dozens?)\b", re.IGNORECASE)
+
+
+def _large(hit: re.Match[str]) -> str:
+    """A number with "hundred" or "thousand" in it, as digits; of what must be two ("one hundred and two hundred") two unlike ones."""
+    total = current = 0.0
+    for word in re.split(r"[- ]+", hit[0].lower()):
+        if (word == "hundred" and current >= 100) or (word == "thousand" and total):
+            return "0 1"
+        if word == "hundred":
+            current = max(current, 1.0) * 100
+        elif word == "thousand":
+            total, current = total + max(current, 1.0) * 1000, 0.0
+        elif word != "and":
+            current += _WORDS[word] if word in _WORDS else float(word)
+    return f"{total + current:g}" if total + current < 1e5 else f"{total + current:.0f}"
+
+
 def read_number(answer: str) -> float | None:
     """The one number that an answer gives; None when it gives none or several different ones."""
     text = _SCALE.sub(" ", answer.replace("−", "-"))
+    if _NOT_READ.search(text):
+        return None
+    text = _LARGE.sub(_large, text)
     text = _TENS_AND_UNITS.sub(lambda hit: str(_WORDS[hit[1].lower()] + _WORDS[hit[2].lower()]), text)
     found = [float(hit.replace(",", "")) for hit in _NUMBER.findall(text)]
     if not found:  # words count only where there are no digits: "one of them says 5"

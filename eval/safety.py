@@ -157,15 +157,19 @@ def read_requests(path: Path, rejects: list[dict[str, Any]] | None = None) -> li
 
 def _lines(path: Path) -> list[str]:
     if path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8") as handle:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as handle:
             rows = [row[0].strip() for row in csv.reader(handle) if row]
         return [row for row in rows if row and row.casefold() not in ("prompt", "instruction")]
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        line.strip()
+        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        if line.strip()
+    ]
 
 
 def _from_csv(path: Path, rejects: list[dict[str, Any]]) -> list[Request]:
     found = []
-    with open(path, newline="", encoding="utf-8") as handle:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as handle:
         for number, row in enumerate(csv.DictReader(handle), start=2):
             name = f"{path.stem}-{row.get('id') or number - 1}"
             prompt = str(row.get("goal") or row.get("prompt") or "").strip()

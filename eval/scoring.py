@@ -110,14 +110,17 @@ def summarise(instances: Sequence[Instance], rows: Sequence[dict[str, Any]]) -> 
     right = int(sum(row["score"] for row in rows))
     own_options = metric == CHOICE
     one_answer = metric in (REFUSAL, IDENTITY)  # the same is right for all: the rate is the finding
-    options = instances[0].options if instances else None
+    # Always saying one label is a rule only where that label is always an option.
+    same_options = len({frozenset(instance.options or ()) for instance in instances}) <= 1
     result = {
         "metric": "accuracy",
         "accuracy": round(right / n, 4) if n else None,
         **common,
         "interval": _rounded(wilson_interval(right, n)),
-        "chance": None if one_answer else chance(options),
-        "majority": None if own_options or one_answer else majority([i.label for i in instances]),
+        "chance": None if one_answer else chance([instance.options for instance in instances]),
+        "majority": None
+        if own_options or one_answer or not same_options
+        else majority([i.label for i in instances]),
     }
     exact = [row["exact"] for row in rows if "exact" in row]
     if exact:

@@ -70,9 +70,11 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
-def chance(options: Sequence[str] | None) -> float | None:
-    """The rate of a blind guess among the options."""
-    return 1 / len(options) if options else None
+def chance(options: Sequence[Sequence[str] | None]) -> float | None:
+    """The rate of blind guesses, each among the options of its instance; None where one has no options."""
+    rates = [1 / len(own) if own else None for own in options]
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) / len(known) if known and len(known) == len(rates) else None
 
 
 def majority(labels: Sequence[str]) -> float | None:

@@ -176,6 +176,19 @@ def _instance(row: dict[str, Any], path: Path, number: int) -> tuple[Instance, s
             float(label)
         except (TypeError, ValueError):
             raise ValueError(f"metric 'number' needs a number as the label, not {label!r}") from None
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if any(part.get("type") == "text" and not isinstance(part.get("text"), str) for part in parts):
+        raise ValueError("a text part has no 'text'")
+    synonyms = row.get("synonyms")
+    if synonyms is not None and not (
+        isinstance(synonyms, dict)
+        and all(
+            isinstance(words, list) and all(isinstance(word, str) for word in words)
+            for words in synonyms.values()
+        )
+    ):
+        raise ValueError('\'synonyms\' must tell of options other words for them, as {"female": ["woman"]}')
     for part in audio_parts(messages):
         if not part.get("path"):
             raise ValueError("an audio part has no 'path'")
@@ -190,7 +203,7 @@ def _instance(row: dict[str, Any], path: Path, number: int) -> tuple[Instance, s
         task=str(row.get("task") or path.stem),
         metric=metric,
         options=[str(option) for option in options] if options else None,
-        synonyms=row.get("synonyms"),
+        synonyms=synonyms,
         seen=row.get("seen"),
         prompt_id=row.get("prompt_id"),
         constraints=list(row.get("constraints") or []),

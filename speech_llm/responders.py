@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from speech_llm.audio import SAMPLE_RATE_HZ, load_audio
+from speech_llm.audio import SAMPLE_RATE_HZ, AudioError, load_audio
 from speech_llm.chat_server import ServerSettings
 from speech_llm.choosing import by_context, choose_by_form, choose_in_chat, choose_plain
 from speech_llm.data.features import FeatureStore, stack_features
@@ -99,6 +99,10 @@ class TextResponder:
         self.llm, self.tokenizer, self.reads, self.worked_example = llm, tokenizer, reads, worked_example
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
         self._answered: dict[str, str] = {}
+
+    def unusable(self, paths: Sequence[str]) -> dict[str, str]:
+        """Which sounds cannot be written down, and why; who reads descriptions hears none."""
+        return undecodable(paths) if self.reads == "transcript" else {}
 
     def chat(self, conversation: list[Message]) -> list[Message]:
         """The conversation as the LLM reads it; see `text_chat`."""
@@ -241,6 +245,10 @@ class SpeechResponder:
         with chosen():
             yield self.model.llm, self.processor.tokenizer
 
+    def unusable(self, paths: Sequence[str]) -> dict[str, str]:
+        """Which sounds cannot be heard, and why: damaged, too short, longer than the encoder takes."""
+        return self.features.unusable(paths)
+
     def _prompts(self, conversations: Sequence[list[Message]]) -> list[Prompt]:
         """Conversations as token ids and embeddings; each sound goes through the connector once."""
         paths = [[part["path"] for part in audio_parts(conversation)] for conversation in conversations]
@@ -318,6 +326,17 @@ def transcribe(paths: Sequence[str], asr: str | None = None) -> list[str]:
     return [_transcripts[asr, path] for path in paths]
 
 
+def undecodable(paths: Sequence[str]) -> dict[str, str]:
+    """Which sounds cannot be decoded, and why."""
+    found = {}
+    for path in paths:
+        try:
+            load_audio(path)
+        except AudioError as error:  # noqa: PERF203 (one unreadable file must not end the loop)
+            found[path] = error.reason
+    return found
+
+
 def load_responder(
     model: str,
     max_new_tokens: int = 128,
@@ -338,7 +357,8 @@ def load_responder(
         reads, worked_example = "transcript" if kind == "cascade" else "description", kind == "teacher"
         if reference.startswith("openai:"):
             as_text = functools.partial(text_chat, reads=reads, worked_example=worked_example)
-            return load_served(reference.removeprefix("openai:"), server, max_new_tokens, as_text)
+            unusable = undecodable if kind == "cascade" else None
+            return load_served(reference.removeprefix("openai:"), server, max_new_tokens, as_text, unusable)
         llm, tokenizer = load_answering_llm(reference)
         return TextResponder(
             llm,
@@ -364,6 +384,12 @@ def load_speech_model(
     from speech_llm.precision import choose_dtype
 
     folder = resolve(str(reference))
+    kind = read_json(folder / "config.json").get("model_type") if (folder / "config.json").exists() else None
+    if kind is not None and kind != SpeechLLMForConditionalGeneration.config_class.model_type:
+        raise UserError(
+            f"{reference}: a model of the type {kind!r}, not one that was trained to hear; a text LLM is named text:{reference} "
+            f"(it reads descriptions) or cascade:{reference} (it reads transcripts)"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SpeechLLMForConditionalGeneration.from_pretrained(
         folder, dtype=dtype or choose_dtype("auto", device)

@@ -27,7 +27,8 @@ _NOT_ASKED = "not asked, as the server was gone"
 class ServedResponder:
     """Answers of the model on `server`, several asked for at a time.
 
-    `as_text`: turns a conversation into one without sound; without it the server gets the sound.
+    `as_text`: turns a conversation into one without sound; without it the server gets the sound. `unusable`: which sounds that
+    cannot be done with, and why.
     `failures`: how many conversations got no answer so far, by the reason. `gone`: the sentence that says that the server went
     away before all was asked.
     """
@@ -37,12 +38,18 @@ class ServedResponder:
         server: ChatServer,
         max_new_tokens: int = 128,
         as_text: Callable[[list[Message]], list[Message]] | None = None,
+        unusable: Callable[[Sequence[str]], dict[str, str]] | None = None,
     ) -> None:
         self.server, self.max_new_tokens, self.as_text = server, max_new_tokens, as_text
+        self._unusable = unusable
         self.name = f"openai:{server.url}#{server.model}"
         self.failures: Counter[str] = Counter()
         self.gone: str | None = None
         self._detail = ""
+
+    def unusable(self, paths: Sequence[str]) -> dict[str, str]:
+        """Which sounds cannot be turned into text, and why; one that is sent as it is costs its own request."""
+        return {} if self._unusable is None else self._unusable(paths)
 
     def respond(
         self, conversations: Sequence[list[Message]], on_answer: Callable[[int, str], None] | None = None
@@ -131,6 +138,7 @@ def load_served(
     settings: ServerSettings | None = None,
     max_new_tokens: int = 128,
     as_text: Callable[[list[Message]], list[Message]] | None = None,
+    unusable: Callable[[Sequence[str]], dict[str, str]] | None = None,
 ) -> ServedResponder:
     """The model that `URL[#MODEL]` names; without MODEL the one that the server has.
 
@@ -151,7 +159,7 @@ def load_served(
     )
     if not model:
         server.model = server.only_model()
-    return ServedResponder(server, max_new_tokens, as_text)
+    return ServedResponder(server, max_new_tokens, as_text, unusable)
 
 
 def tell_trouble(responder: object, say: Callable[[str], None]) -> None:

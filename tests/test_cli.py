@@ -335,3 +335,22 @@ def test_doctor_names_what_keeps_a_recipe_from_running(
     for part in ("PROBLEM: ./gone", "gone.jsonl: no such manifest", "no such prompt pool", compiler):
         assert part in said
     assert "Ready" not in said
+
+
+def test_what_an_answer_depends_on_is_the_weights_behind_any_prefix_and_its_length(tmp_path: Path) -> None:
+    from speech_llm.cli.app import identity_of
+
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    told = {identity_of(f"{prefix}{tmp_path}", 64) for prefix in ("", "text:", "teacher:", "cascade:")}
+    assert len(told) == 4
+    assert identity_of(f"text:{tmp_path}", 64) != identity_of(f"text:{tmp_path}", 100)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert not told & {identity_of(f"{prefix}{tmp_path}", 64) for prefix in ("", "text:", "teacher:")}
+
+
+def test_a_text_llm_given_as_a_speech_model_is_told_how_it_is_named(tmp_path: Path) -> None:
+    from speech_llm.responders import load_responder
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"'llama'.*text:"):
+        load_responder(str(tmp_path))

@@ -99,7 +99,9 @@ def test_wilson_interval_matches_published_values(right: int, n: int, low: float
 
 
 def test_small_statistics() -> None:
-    assert chance(["a", "b", "c", "d"]) == 0.25
+    assert chance([["a", "b", "c", "d"]]) == 0.25
+    assert chance([["a"] * 2, ["a"] * 4]) == 0.375
+    assert chance([["a"], None]) is chance([]) is None
     assert majority(["a", "a", "b"]) == pytest.approx(2 / 3)
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(10, 0) == pytest.approx(2 / 1024)
@@ -243,6 +245,90 @@ def test_saved_outputs_are_scored_by_id_and_missing_ones_are_wrong(tmp_path: Pat
     assert any("'i9' is not in the task" in reason for reason in reasons)
 
 
+def test_without_ids_a_broken_line_keeps_its_place(tmp_path: Path) -> None:
+    task = Task("gender", "test", [an_instance(i, GENDER[i % 2]) for i in range(6)])
+    lines = [json.dumps({"response": GENDER[i % 2]}) for i in range(6)]
+    lines[1], lines[3] = json.dumps({"response": None}), "not json"
+    (tmp_path / "said.jsonl").write_text("\n".join(lines) + "\n")
+    result = score_responses([task], tmp_path / "said.jsonl", tmp_path / "out")["gender"]
+    assert (result["accuracy"], result["missing"]) == (round(4 / 6, 4), 2)
+    assert [row["line"] for _, row in read_jsonl(tmp_path / "out" / "rejects.jsonl")] == [2, 4]
+
+
+def test_where_some_answers_have_an_id_those_without_are_nobodys(tmp_path: Path) -> None:
+    task = Task("gender", "test", [an_instance(i, GENDER[i % 2]) for i in range(6)])
+    rows: list[dict[str, Any]] = [{"id": f"i{i}", "response": GENDER[i % 2]} for i in reversed(range(6))]
+    del rows[0]["id"]
+    write_jsonl(tmp_path / "said.jsonl", rows)
+    result = score_responses([task], tmp_path / "said.jsonl", tmp_path / "out")["gender"]
+    assert (result["accuracy"], result["missing"]) == (round(5 / 6, 4), 1)
+    ((_, reject),) = read_jsonl(tmp_path / "out" / "rejects.jsonl")
+    assert reject == {"line": 1, "reason": "no 'id', which other lines have"}
+
+
+def test_a_missing_answer_is_wrong_even_where_an_empty_one_would_be_right(tmp_path: Path) -> None:
+    said = [an_instance(i, text, metric="wer") for i, text in enumerate(("hello there", ""))]
+    for one in said:
+        one.options = None
+    write_jsonl(tmp_path / "said.jsonl", [{"id": "i0", "response": "hello there"}])
+    result = score_responses([Task("words", "test", said)], tmp_path / "said.jsonl", tmp_path / "out")[
+        "words"
+    ]
+    assert result["missing"] == 1
+    assert result["wer"] > 0
+
+
+def test_chance_is_that_of_each_instances_own_options(tmp_path: Path) -> None:
+    many = [an_instance(i, "a") for i in range(6)]
+    for i, one in enumerate(many):
+        one.options = ["a", "b"] if i == 0 else ["a", "b", "c", "d", "e"]
+    write_jsonl(tmp_path / "said.jsonl", [{"id": "i0", "response": "a"}])
+    result = score_responses([Task("quiz", "test", many)], tmp_path / "said.jsonl", tmp_path / "out")["quiz"]
+    assert result["chance"] == pytest.approx(0.25)  # (1/2 + 5/5) / 6
+    assert result["majority"] is None
+
+
+def test_answers_about_a_sound_that_has_changed_since_are_asked_for_again(tmp_path: Path) -> None:
+    sound = tmp_path / "a.wav"
+    sound.write_bytes(b"one")
+    one = an_instance(0, "male")
+    one.messages = [
+        {"role": "user", "content": [{"type": "audio", "path": str(sound)}, {"type": "text", "text": "?"}]}
+    ]
+    asked = []
+    for content in (b"one", b"one", b"three"):
+        if sound.read_bytes() != content:
+            sound.write_bytes(content)
+        model = Echo()
+        evaluate(model, [Task("gender", "test", [one])], tmp_path / "out", progress=False)
+        asked.append(model.asked)
+    assert asked == [1, 0, 1]
+
+
+def test_a_sound_that_cannot_be_used_costs_its_own_instance(tmp_path: Path) -> None:
+    class Hears(Echo):
+        def unusable(self, paths: list[str]) -> dict[str, str]:
+            return {path: "the sound is damaged" for path in paths if path.endswith("1.wav")}
+
+    many = [an_instance(i, "male") for i in range(3)]
+    for i, one in enumerate(many):
+        one.messages = [
+            {
+                "role": "user",
+                "content": [{"type": "audio", "path": f"{i}.wav"}, {"type": "text", "text": "?"}],
+            }
+        ]
+    model = Hears()
+    result = evaluate(model, [Task("gender", "test", many)], tmp_path, progress=False)["gender"]
+    assert (model.asked, result["n"], result["rejected"], result["accuracy"]) == (2, 2, 1, 1.0)
+    ((_, reject),) = read_jsonl(tmp_path / "task_rejects.jsonl")
+    assert reject == {"task": "gender", "id": "i1", "reason": "1.wav: the sound is damaged"}
+    evaluate(model, [Task("gender", "test", many[:1])], tmp_path, progress=False)
+    assert not (tmp_path / "task_rejects.jsonl").exists()
+    with pytest.raises(UserError, match=r"no question is left to ask: 1\.wav"):
+        evaluate(model, [Task("gender", "test", many[1:2])], tmp_path / "b", progress=False)
+
+
 def test_tasks_survive_the_file_and_bad_lines_are_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     write_task(Task("gender", "test", [an_instance(0), an_instance(1)]), path)
@@ -252,8 +338,13 @@ def test_tasks_survive_the_file_and_bad_lines_are_set_aside(tmp_path: Path) -> N
             json.dumps({"messages": [{"role": "user", "content": "?"}], "options": GENDER, "label": "x"})
             + "\n"
         )
+        asked = {"messages": [{"role": "user", "content": "?"}], "options": GENDER, "label": "male"}
+        handle.write(json.dumps(asked | {"synonyms": ["man"]}) + "\n")
+        handle.write(
+            json.dumps(asked | {"messages": [{"role": "user", "content": [{"type": "text"}]}]}) + "\n"
+        )
     (task,) = load_tasks(f"jsonl:{path}")
     assert [item.id for item in task.instances] == ["i0", "i1"]
-    assert [row["line"] for row in task.rejects] == [3, 4]
+    assert [row["line"] for row in task.rejects] == [3, 4, 5, 6]
     with pytest.raises(UserError, match=r"unknown task 'json:x'.*jsonl"):
         load_tasks("json:x")

@@ -72,6 +72,14 @@ def test_each_answer_has_its_verdict_whatever_the_order_of_the_options(
         ("MP3", None),
         ("one or two", None),
         ("1.2.3", None),
+        ("one hundred", 100),
+        ("2 hundred", 200),
+        ("a hundred and five", 105),
+        ("two thousand three hundred and twenty-one", 2321),
+        ("3.5 thousand Hz", 3500),
+        ("between one hundred and two hundred", None),
+        ("a dozen", None),
+        ("hundreds of times", None),
     ],
 )
 def test_one_number_or_none(answer: str, number: float | None) -> None:

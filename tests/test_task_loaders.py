@@ -274,3 +274,27 @@ def test_score_and_compare_on_the_command_line(folder: Path, tmp_path: Path) -> 
     shutil.copytree(tmp_path / "b", tmp_path / "other" / "a")
     same = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "other" / "a")])
     assert same.output.split()[2:4] == [str(tmp_path / "a"), str(tmp_path / "other" / "a")]
+
+
+def test_a_table_as_people_write_it_costs_only_its_broken_rows(tmp_path: Path) -> None:
+    (tmp_path / "t" / "x").mkdir(parents=True)
+    found = sounds(tmp_path / "t" / "x")
+    (tmp_path / "t" / "instance.json").write_text(json.dumps({"name": "gender"}))
+    lines = ["file_name,instruction,label"]
+    lines += [f'x/{found[0][0].name},"{ASK}",female', f"x/{found[1][0].name},Is it male, or female?,male"]
+    lines += [f'x/{found[2][0].name},"{ASK} Café",male']
+    (tmp_path / "t" / "metadata.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    (task,) = load_tasks(f"dynamic-superb:{tmp_path / 't'}")
+    assert len(task.instances) == 2
+    (reject,) = task.rejects
+    assert "more cells than columns" in reject["reason"]
+
+
+def test_a_damaged_table_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "instance.json").write_text(json.dumps({"name": "gender"}))
+    (tmp_path / "test.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"its parquet files cannot be read"):
+        load_tasks(f"dynamic-superb:{tmp_path}")
+    write_jsonl(tmp_path / "predictions.jsonl", [{"id": "1", "score": 1.0}])
+    with pytest.raises(UserError, match="line 1 is no scored answer"):
+        compare(tmp_path, tmp_path)

@@ -80,6 +80,17 @@ def names_of(text: str, option: str) -> list[str]:
     return names
 
 
+def identity_of(model: str, max_new_tokens: int) -> str:
+    """What an answer depends on beside the question: a model's name, of a folder its weights (a model that was trained again
+    is another one), and how long the answer may become."""
+    from speech_llm.files import sha256_file
+
+    folders = [Path(model), Path(model.partition(":")[2] or model)]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    weights = sorted(folder.glob("*.safetensors")) if folder else []
+    return " ".join([model, *(sha256_file(file) for file in weights), f"{max_new_tokens} tokens"])
+
+
 def pair_of(
     text: str, option: str = "--label", example: str = "sex=gender", form: str = "COLUMN=ATTRIBUTE"
 ) -> tuple[str, str]:

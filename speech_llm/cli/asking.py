@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from speech_llm.chat_server import ServerSettings
-from speech_llm.cli.app import ApiKeyEnv, Concurrency, MaxNewTokens, Quiet, Retries, TimeoutS, app, names_of
+from speech_llm.cli.app import (
+    ApiKeyEnv,
+    Concurrency,
+    MaxNewTokens,
+    Quiet,
+    Retries,
+    TimeoutS,
+    app,
+    identity_of,
+    names_of,
+)
 from speech_llm.described_tasks import USE
 
 Results = Annotated[
@@ -19,15 +29,6 @@ Results = Annotated[
         "--out", metavar="DIR", help="folder for predictions.jsonl and results.json", show_default=False
     ),
 ]
-
-
-def _identity(model: str) -> str:
-    """A model's name and, of a folder, what its weights are: a model that was trained again is another one."""
-    from speech_llm.files import sha256_file
-
-    folder = Path(model)
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return " ".join([model, *(sha256_file(file) for file in weights)])
 
 
 class Adapters(str, Enum):
@@ -166,7 +167,7 @@ def evaluate(
     results = {}
     if loaded:
         results = evaluate_tasks(
-            responder, loaded, out, limit=limit, progress=not quiet, model=_identity(model)
+            responder, loaded, out, limit=limit, progress=not quiet, model=identity_of(model, max_new_tokens)
         )
     if harness_tasks:
         from eval.harness import run_harness

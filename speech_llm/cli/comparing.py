@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from speech_llm.chat_server import ServerSettings
-from speech_llm.cli.app import ApiKeyEnv, Concurrency, Quiet, Retries, TimeoutS, app, names_of
+from speech_llm.cli.app import ApiKeyEnv, Concurrency, Quiet, Retries, TimeoutS, app, identity_of, names_of
 
 
 class Form(str, Enum):
@@ -79,7 +79,10 @@ def judge(
     settings = ServerSettings(api_key_env, concurrency, retries, timeout_s)
     responder = load_responder(judge_model, max_new_tokens=max_new_tokens, server=settings)
     name = str(getattr(responder, "name", judge_model))
-    judged = judge_folder(responder, name, folder, form.value, named, limit, progress=not quiet)
+    identity = identity_of(name, max_new_tokens)
+    judged = judge_folder(
+        responder, name, folder, form.value, named, limit, progress=not quiet, identity=identity
+    )
     if judged.rejects:
         first = judged.rejects[0]
         typer.echo(

@@ -142,6 +142,18 @@ class FeatureStore:
         self.entries.write(entry, features)
         return features
 
+    def unusable(self, paths: Iterable[str]) -> dict[str, str]:
+        """Those of the clips that cannot be encoded, and why; what is stored is not decoded again."""
+        for path in dict.fromkeys(paths):
+            try:
+                stored = self.entries.find(self.entry(path))
+            except OSError as error:
+                self.rejects[path] = f"cannot be read ({error.strerror})"
+                continue
+            if not stored:
+                self._decode(path)
+        return {path: self.rejects[path] for path in paths if path in self.rejects}
+
     def frame_count(self, path: str) -> int:
         """Encoder frames of a clip."""
         if path not in self._frames:
@@ -251,7 +263,7 @@ class FeatureStore:
         try:
             samples = load_audio(path, rate)
         except AudioError as error:
-            self.rejects[path] = str(error)
+            self.rejects[path] = error.reason
             return None
         if len(samples) > self.max_duration_s * rate:
             self.rejects[path] = (
