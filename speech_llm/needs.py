@@ -126,7 +126,7 @@ def recipe_needs(recipe: Recipe, run_dir: Path | None, machine: dict[str, Any]) 
         "estimate": estimate,
         "finished": _finished(recipe, run_dir),
         "notes": notes,
-        "problems": [" ".join(problem.split()) for problem in problems],
+        "problems": list(dict.fromkeys(" ".join(problem.split()) for problem in problems)),
     }
 
 

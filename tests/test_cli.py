@@ -324,6 +324,7 @@ def test_doctor_names_what_keeps_a_recipe_from_running(
     sets = [
         "optimizer.compile=true",
         "model.llm=./gone",
+        "model.encoder=./gone",
         "data.synthesize=null",
         "data.manifests=gone.jsonl",
         "data.train={a: 1}",
@@ -334,6 +335,7 @@ def test_doctor_names_what_keeps_a_recipe_from_running(
     compiler = "optimizer.compile is true, which needs a C++ compiler (no-such-compiler"
     for part in ("PROBLEM: ./gone", "gone.jsonl: no such manifest", "no such prompt pool", compiler):
         assert part in said
+    assert said.count("PROBLEM: ./gone") == 1  # two roles share it
     assert "Ready" not in said
 
 
