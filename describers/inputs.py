@@ -103,15 +103,23 @@ def _stream(source: str, out: Path) -> Iterator[Entry]:
             offset = 0
             for listing in listings:
                 prefix = "" if len(listings) == 1 else listing.parent.relative_to(path).as_posix()
-                for entry in _manifest(listing, out):
-                    entry.line += offset  # numbers stay unique over several files
-                    entry.id = (
-                        f"{prefix}/{entry.id}"
-                        if prefix and not entry.id.startswith(f"{prefix}/")
-                        else entry.id
-                    )
-                    yield entry
-                offset = entry.line
+                line = 0
+                try:
+                    for entry in _manifest(listing, out):
+                        line = entry.line
+                        entry.line += offset  # numbers stay unique over several files
+                        entry.id = (
+                            f"{prefix}/{entry.id}"
+                            if prefix and not entry.id.startswith(f"{prefix}/")
+                            else entry.id
+                        )
+                        yield entry
+                except UserError as error:  # one bad table of several costs itself
+                    if len(listings) == 1:
+                        raise
+                    line += 1
+                    yield Entry(offset + line, "", None, listing, reason=str(error))
+                offset += line
         elif _parquet(path) or _saved(path):
             yield from _hub(source, None, None, out)
         else:

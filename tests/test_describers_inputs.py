@@ -66,6 +66,20 @@ def test_a_table_without_a_column_of_sounds_names_the_columns_that_it_has(tmp_pa
         described(tmp_path / "table.csv", tmp_path / "out.jsonl")
 
 
+def test_one_bad_table_of_a_folder_costs_itself(tmp_path: Path) -> None:
+    for name, text in (("a", "audio;gender\nx.wav;F\n"), ("b", "audio\nx.wav\n"), ("c", "audio\n")):
+        folder = tmp_path / "all" / name
+        folder.mkdir(parents=True)
+        write(folder / "x.wav")
+        (folder / "metadata.csv").write_text(text)
+    (row,) = described(tmp_path / "all", tmp_path / "out.jsonl", "duration")
+    assert row["id"] == "b/x.wav"
+    reasons = [reject["reason"] for reject in lines(tmp_path / "out.rejects.jsonl")]
+    assert len(reasons) == 2
+    assert "no column 'audio'" in reasons[0]
+    assert "no lines" in reasons[1]
+
+
 def test_a_long_cell_is_read_and_one_that_is_endless_costs_its_line(tmp_path: Path) -> None:
     write(tmp_path / "a.wav")
     rows = ["audio,note", f"a.wav,{'x' * 200_000}", f"a.wav,{'x' * 10_000_001}", "a.wav,short"]
