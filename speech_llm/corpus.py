@@ -7,6 +7,7 @@ synthesised or picked from the user's own manifests; lines that cannot be used g
 from __future__ import annotations
 
 import glob
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -85,7 +86,9 @@ def pick_clips(data: DataSection, manifests: Sequence[Path], out_dir: Path, seed
     rejects: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
     columns: dict[str, Counter[str]] = {}
-    ids: dict[str, Path] = {}
+    ids: set[str] = set()
+    used: set[tuple[Path, str]] = set()
+    sides: dict[str, tuple[str, str]] = {}
     neither = 0
 
     def reject(manifest: Path, line: int, reason: str, kind: str) -> None:
@@ -113,12 +116,20 @@ def pick_clips(data: DataSection, manifests: Sequence[Path], out_dir: Path, seed
                 reject(manifest, line, *unfit)
                 continue
             name = str(row.get("id") or f"{manifest.parent.name}-{line}")
-            if ids.get(name) == manifest:
+            if (manifest, name) in used:
                 reject(manifest, line, f"the id {name!r} was already used in this manifest", "id used twice")
                 continue
-            if name in ids:
-                name = f"{manifest.parent.name}/{name}"
-            ids[name] = manifest
+            used.add((manifest, name))
+            name = _unused(name, manifest, ids)
+            ids.add(name)
+            sound = str(_audio_path(row, manifest))
+            place = f"{manifest}, line {line}"
+            split_of, first = sides.setdefault(sound, (wanted[0], place))
+            if split_of != wanted[0]:
+                raise UserError(
+                    f"{place}: the sound {sound} is in data.{wanted[0]}, and in data.{split_of} by {first}; "
+                    "a test on trained clips says nothing, so make the two exclude each other"
+                )
             picked[wanted[0]].append({**row, "id": name, "audio": str(_audio_path(row, manifest))})
     for split, filters in (("train", train), ("test", test)):
         if not picked[split]:
@@ -130,6 +141,13 @@ def pick_clips(data: DataSection, manifests: Sequence[Path], out_dir: Path, seed
     write_jsonl(out_dir / "rejects.jsonl", rejects)
     counts: dict[str, Any] = {split: len(rows) for split, rows in picked.items()}
     return {**counts, "rejected": len(rejects), "reasons": dict(reasons), "in_neither_split": neither}
+
+
+def _unused(name: str, manifest: Path, taken: set[str]) -> str:
+    """An id that no other clip has: of a second manifest with its folder in front, then its own name, then a number."""
+    names = [name, f"{manifest.parent.name}/{name}", f"{manifest.parent.name}/{manifest.stem}/{name}"]
+    more = (f"{names[-1]}#{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain(names, more) if free not in taken)
 
 
 def _matches(row: dict[str, Any], filters: dict[str, Any]) -> bool:

@@ -72,7 +72,9 @@ def hub_turns(messages: Any) -> Any:
     if "from" not in messages[0]:
         return messages
     return [
-        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in messages
+        {"role": _ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        for turn in messages
+        if isinstance(turn, dict)
     ]
 
 
@@ -91,11 +93,15 @@ def example_from_row(row: dict[str, Any], base: Path | None = None) -> Example:
     if "text" in row and "messages" not in row:
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise ValueError("'text' is empty")
+        if row.get("audios"):
+            raise ValueError(
+                "it has a sound and a text but no 'messages' that say which of them is the answer"
+            )
         messages: list[Message] = []
     else:
         messages = _messages(row)
     for part in audio_parts(messages):
-        if not part.get("path"):
+        if not isinstance(part.get("path"), str) or not part["path"]:
             raise ValueError("an audio part has no 'path'")
         if base is not None and not Path(part["path"]).is_absolute():
             part["path"] = str(base / part["path"])
@@ -119,25 +125,69 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("it has neither 'messages' nor 'text'")
     waiting = list(row.get("audios") or [])
+    in_parts = False
     out: list[Message] = []
     for turn in messages:
+        if not isinstance(turn, dict):
+            raise ValueError("a turn is no object with 'role' and 'content'")
         role, content = turn.get("role"), turn.get("content")
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"a turn has role {role!r}; expected system, user or assistant")
-        turn = dict(turn)
-        turn_audios = turn.pop("audios", None)
+        if role == "system" and (content is None or content == ""):
+            continue
+        # Tables fill what a row does not have with nulls, which say nothing.
+        turn = {key: value for key, value in turn.items() if value is not None}
+        own = list(turn.pop("audios", []))
         if isinstance(content, str) and AUDIO_MARK in content:
-            turn["content"] = _split_marks(content, list(turn_audios) if turn_audios else waiting)
+            turn["content"] = _split_marks(content, own or waiting)
         elif not isinstance(content, (str, list)):
             raise ValueError(f"a {role} turn has no content")
         elif isinstance(content, list):
-            turn["content"] = [dict(part) for part in content]
+            turn["content"] = _parts(content, role)
+            in_parts |= bool(audio_parts([turn]))
+        if own:
+            raise ValueError(f"a turn has more audios than {AUDIO_MARK} marks")
+        if role == "assistant" and turn.get("train", True) and not turn["content"].strip():
+            raise ValueError("an assistant turn is empty")
         out.append(turn)
+    # A column of sounds beside conversations that hold their own sounds says the same again.
+    if waiting and not in_parts:
+        _place_sound(out, waiting)
     if isinstance(row.get("response"), str) and out[-1]["role"] != "assistant":
         out.append({"role": "assistant", "content": row["response"]})
     if not any(turn["role"] == "assistant" for turn in out):
         raise ValueError("it has no assistant turn, so there is nothing to learn")
     return out
+
+
+def _parts(content: list[Any], role: str) -> Any:
+    """A turn's parts, checked; of an assistant's turn their text."""
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("audio", "text"):
+            raise ValueError(f"a {role} turn has a part of type {kind!r}; expected audio or text")
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"a {role} turn has a text part without 'text'")
+        parts.append({key: value for key, value in part.items() if value is not None})
+    if role != "assistant":
+        return parts
+    if any(part["type"] == "audio" for part in parts):
+        raise ValueError("an assistant turn has a sound, and answers are text")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _place_sound(messages: list[Message], audios: list[Any]) -> None:
+    """Put the one sound of a conversation without any mark before what the user says first."""
+    first = next((turn for turn in messages if turn["role"] == "user"), None)
+    if first is None or len(audios) > 1 or audio_parts(messages):
+        raise ValueError(f"there are more audios than {AUDIO_MARK} marks")
+    parts = (
+        first["content"]
+        if isinstance(first["content"], list)
+        else [{"type": "text", "text": first["content"]}]
+    )
+    first["content"] = _split_marks(AUDIO_MARK, audios) + parts
 
 
 def _split_marks(content: str, audios: list[Any]) -> list[dict[str, Any]]:

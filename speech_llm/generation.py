@@ -380,7 +380,11 @@ def answer_chats(
     prompts = [
         Prompt(
             tokenizer.apply_chat_template(
-                list(chats[i]), add_generation_prompt=True, tokenize=True, return_dict=True
+                list(chats[i]),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                enable_thinking=False,  # as answers are learned and scored
             )["input_ids"]
         )
         for i in unique

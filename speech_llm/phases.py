@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.scoring import RATES
-from speech_llm.files import read_json, stable_hash, write_json
+from speech_llm.files import read_json, sha256_file, stable_hash, write_json
 from speech_llm.summary import score_of
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def evaluate_phases(phases: Sequence[Recipe], folders: Sequence[Path], progress:
     tasks: list[list[Task]] = []
     for phase, folder in zip(phases, folders, strict=True):
         place = folder / "eval" / "tasks"
+        shutil.rmtree(place, ignore_errors=True)  # of attributes that are no longer asked
         for task in build_tasks(phase, folder):
             write_task(task, place / f"{task.name}.jsonl")
         tasks.append([task for path in sorted(place.glob("*.jsonl")) for task in load_tasks(f"jsonl:{path}")])
@@ -115,10 +116,17 @@ def evaluate_phases(phases: Sequence[Recipe], folders: Sequence[Path], progress:
         settings = phase.eval
         responder = load_speech_model(folder / "model", settings.max_new_tokens, settings.batch_tokens)
         row = []
+        # Phases are trained again without their answers being thrown away.
+        model = " ".join(
+            [
+                *map(sha256_file, sorted((folder / "model").glob("*.safetensors"))),
+                str(settings.max_new_tokens),
+            ]
+        )
         for asked, own in zip(phases, tasks, strict=True):
             limit = asked.eval.limits.get("speech_llm", asked.eval.limit)
             out = folder / "eval" / "after" / str(asked.phase_name)
-            row.append(evaluate(responder, own, out, limit=limit, progress=progress))
+            row.append(evaluate(responder, own, out, limit=limit, progress=progress, model=model))
         results.append(row)
     names = [str(phase.phase_name) for phase in phases]
     matrix = [[mean_score(cell) for cell in row] for row in results]

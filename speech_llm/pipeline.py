@@ -53,7 +53,10 @@ def run_stages(
     `launch` only the main one does so; the others do their part of what all do together.
     Raises `UserError`: a user's mistake, a folder that is no run's, another process at work in the folder.
     """
-    stages = tuple(stage for stage in stages or STAGES if stage.when(recipe))
+    every = stages or STAGES
+    # A later phase may have a stage that the recipe's head has not, such as a mixture.
+    of = [recipe, *recipe.phase_recipes]
+    stages = tuple(stage for stage in every if any(stage.when(part) for part in of))
     if until not in [stage.name for stage in stages]:
         raise UserError(
             f"{recipe.path}: a run of this recipe has no stage {until}, because its {until} is empty; "
@@ -61,7 +64,7 @@ def run_stages(
         )
     launch = launch or Launch()
     if not launch.main:
-        launch.follow(lambda part: _do_part(part, recipe, stages))
+        launch.follow(lambda part: _do_part(part, recipe, every))
         return
     last = [stage.name for stage in stages].index(until)
     with _locked(run_dir):
@@ -70,7 +73,7 @@ def run_stages(
             from speech_llm.phases import run_phases
 
             def run_phase(phase: Recipe, folder: Path, last: str) -> None:
-                run_stages(phase, folder, last, progress=progress, say=say, command=command, stages=stages, launch=launch)  # fmt: skip
+                run_stages(phase, folder, last, progress=progress, say=say, command=command, stages=every, launch=launch)  # fmt: skip
                 if phase is recipe.phase_recipes[-1]:
                     launch.end()
 

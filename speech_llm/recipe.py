@@ -319,15 +319,16 @@ def merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _adapters(lora: Any) -> tuple[Any, ...]:
+    """What makes adapters the same: their size, their place and their scale."""
+    return lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules
+
+
 def check_goes_on(before: Recipe, after: Recipe, source: Source) -> None:
     """Raise `UserError` when a phase cannot go on from the model of the phase before it."""
     for key in ("lora", "encoder_lora", "llm"):
         had, has = getattr(before.trainable, key), getattr(after.trainable, key)
-        same = (
-            has == had
-            if key == "llm" or had is None or has is None
-            else ((has.rank, has.target_modules) == (had.rank, had.target_modules))
-        )
+        same = has == had if key == "llm" or had is None or has is None else _adapters(has) == _adapters(had)
         if had and not same:
             raise UserError(
                 f"{source.where(('trainable', key))}: phase {after.phase_name!r} goes on from phase {before.phase_name!r}, whose "

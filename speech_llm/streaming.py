@@ -78,9 +78,9 @@ def stream_chat(
     llm: Any, tokenizer: Any, chat: list[dict[str, Any]], drawing: Drawing, on_text: OnText
 ) -> Streamed:
     """Answer a chat of plain text, as a text LLM."""
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=False
+    )["input_ids"]
     return stream_prompt(llm, tokenizer, Prompt(ids), drawing, on_text)
 
 

@@ -273,3 +273,22 @@ def test_sounds_are_read_from_their_files_when_not_given(tmp_path: Any) -> None:
     assert all(np.allclose(read[key], given[key], atol=1e-5) for key in given)
     with pytest.raises(ValueError, match="1 sounds, but 0 were given"):
         made([[say(part, "Who?")]], sounds=[])
+
+
+def test_a_reasoning_model_is_asked_without_its_thoughts_as_it_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import speech_llm.generation as generation
+
+    made = processor(THINKING)
+    asked: list[str] = []
+
+    def listen(_llm: Any, prompts: list[Any], **settings: Any) -> None:
+        asked.extend(made.tokenizer.decode(prompt.ids) for prompt in prompts)
+        for place in range(len(prompts)):
+            settings["on_done"](place, [])
+
+    monkeypatch.setattr(generation, "generate", listen)
+    monkeypatch.setattr(generation, "end_of_turn_ids", lambda *_: [])
+    generation.answer_chats(None, made.tokenizer, [[{"role": "user", "content": "hi"}]], max_new_tokens=4)
+    assert asked[0].endswith("<think>\n\n</think>\n\n")

@@ -224,3 +224,45 @@ def test_the_matrix_holds_every_task_after_every_phase(
     assert result["phases"]["backward_transfer"] == -0.5
     assert set(result["models"]["speech_llm"]) == {"first: gender", "second: accent"}
     assert yaml.safe_dump(result)
+
+    # Trained again, the first model's answers are not taken for the new one's, and a task that is gone is not asked.
+    (folders[1] / "eval" / "tasks" / "gone.jsonl").write_text("not a task\n")
+    (folders[1] / "model" / "model.safetensors").write_bytes(b"new weights")
+    monkeypatch.setattr(
+        speech_llm.responders, "load_speech_model", lambda folder, *_, **__: Parrot(Path("1-first"))
+    )
+    result = phases.evaluate_phases(recipe.phase_recipes, folders, False)
+    assert result["phases"]["matrix"] == [[1.0, 0.5], [1.0, 0.5]]
+
+
+def test_a_stage_that_only_a_later_phase_has_is_run_there(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        phases, "evaluate_phases", lambda *_: {"phases": {"names": ["first", "second"], "matrix": [[1], [1]]}}
+    )
+    monkeypatch.setattr(phases, "phases_table", lambda *_: "")
+    bench = Bench()
+    mixture = Stage(
+        "mixture",
+        1,
+        lambda r: {"seed": r.seed},
+        lambda r, run: [],
+        bench._runner("mixture"),
+        when=lambda r: r.phase_name == "second",
+    )
+    stages = (*bench.stages[:3], mixture, *bench.stages[3:])
+    run_stages(load_recipe(recipe_file), tmp_path / "run", "train", say=lambda _: None, stages=stages)
+    assert "second:mixture" in bench.ran
+    assert "first:mixture" not in bench.ran
+    assert bench.ran[-1] == "second:train"
+
+
+def test_a_phase_keeps_the_scale_of_the_adapters_that_it_goes_on_from(recipe_file: Path) -> None:
+    text = TEXT.replace("optimizer: {lr: 0.5}", "trainable: {lora: {rank: 4}}")
+    second = "trainable: {lora: {rank: 4, alpha: 8}}\n    loss: {type: dpo}"
+    recipe_file.write_text(text.replace("loss: {type: dpo}", second))
+    load_recipe(recipe_file)  # 8 is what null means
+    recipe_file.write_text(text.replace("loss: {type: dpo}", second.replace("alpha: 8", "alpha: 64")))
+    with pytest.raises(UserError, match=r"trainable\.lora it must keep"):
+        load_recipe(recipe_file)

@@ -322,12 +322,13 @@ def manifests(tmp_path: Path) -> list[Path]:
     for number, name in enumerate(("a", "b")):
         folder = tmp_path / name
         folder.mkdir()
-        soundfile.write(folder / "short.wav", np.zeros(1600, dtype=np.float32), 16000)
+        for sound in ("short.wav", "other.wav"):
+            soundfile.write(folder / sound, np.zeros(1600, dtype=np.float32), 16000)
         soundfile.write(folder / "long.wav", np.zeros(40 * 1000, dtype=np.float32), 1000)
         rows = [
             {
                 "id": f"c{i}",
-                "audio": "short.wav",
+                "audio": "short.wav" if i < 6 else "other.wav",
                 "split": "train" if i < 6 else "dev",
                 "gender": "female",
                 "n": i,
@@ -382,6 +383,38 @@ def test_corpus_from_manifests_splits_keeps_labels_and_counts_what_is_left_out(
     for part in ("not a JSON object", "has no 'audio'", "has no 'gender'", "already used", "40.0 s long"):
         assert part in said
     assert counts["reasons"]["too long"] == 2
+
+
+def test_every_clip_of_any_number_of_manifests_has_an_id_of_its_own(
+    recipe_file: Path, manifests: list[Path], tmp_path: Path
+) -> None:
+    folder = manifests[1].parent
+    for name in ("c", "d"):
+        rows = [{"id": "c3", "audio": "short.wav", "split": "train", "gender": name}]
+        write_jsonl(folder / f"{name}.jsonl", [*rows, *rows])
+    names = ", ".join(map(str, [*manifests, folder / "c.jsonl", folder / "d.jsonl"]))
+    counts, tables = picked(recipe_file, tmp_path / "out", f"data.manifests=[{names}]")
+    assert counts["train"] == 14
+    ids = [row["id"] for row in tables["train"]]
+    assert len(set(ids)) == 14
+    assert {"c3", "b/c3", "b/c/c3", "b/d/c3"} <= set(ids)
+    again = [row for row in tables["rejects"] if Path(row["file"]).stem in ("c", "d")]
+    assert len(again) == 2
+    assert all("already used in this manifest" in row["reason"] for row in again)
+
+
+def test_one_sound_cannot_be_in_training_and_in_the_test(
+    recipe_file: Path, manifests: list[Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"id": f"q{i}", "audio": "short.wav", "split": split, "gender": "male"}
+        for i, split in enumerate(("train", "test"))
+    ]
+    write_jsonl(manifests[0].parent / "both.jsonl", rows)
+    with pytest.raises(
+        UserError, match=r"line 2: the sound .*short\.wav is in data\.test, and in data\.train by .*line 1"
+    ):
+        picked(recipe_file, tmp_path / "out", f"data.manifests={manifests[0].parent / 'both.jsonl'}")
 
 
 def test_corpus_limit_draws_from_the_whole_manifest(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from describers.vocabulary import values
+from speech_llm.errors import UserError
 from speech_llm.recipe import load_recipe
 from speech_llm.targets.prompts import KINDS, PoolPrompt, load_pool
 from speech_llm.targets.verify import verdict
@@ -84,3 +85,27 @@ def test_the_worked_example_of_a_prompt_is_a_right_answer_and_another_clips_is_n
         asked = [name for name in prompt.asks if name != "transcript"]
         if any(clip[name] != other[name] for name in asked):
             assert verdict(prompt.example_answer(other), prompt, clip, OPTIONS) != "ok"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("example: {gender}", "'example' must be a text"),
+        ("example: 5", "'example' must be a text"),
+        ("json: [gender]", "'json' must name"),
+        ("json: {answer: [gender]}", "'json' must name"),
+        ("seen: maybe", "'seen' must be true or false"),
+    ],
+)
+def test_a_slip_in_a_pool_is_a_sentence(tmp_path: Path, line: str, why: str) -> None:
+    (tmp_path / "pool.yaml").write_text(f"prompts:\n- {{id: a, text: Who, asks: [gender], {line}}}\n")
+    with pytest.raises(UserError, match=why):
+        load_pool(tmp_path / "pool.yaml")
+
+
+def test_a_pool_that_is_no_text_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "pool.yaml").write_bytes("prompts: [é]".encode("latin-1"))
+    with pytest.raises(UserError, match="not YAML in UTF-8"):
+        load_pool(tmp_path / "pool.yaml")
+    with pytest.raises(UserError):
+        load_pool(tmp_path)

@@ -318,6 +318,17 @@ def test_a_streaming_run_that_was_killed_ends_as_an_uninterrupted_one(
         }
 
 
+def test_a_column_that_no_row_has_is_told_before_training(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    recipe = streaming_recipe(monkeypatch, data)
+    columns = recipe.data.rows[1].columns
+    name, right = next(iter(columns.items()))
+    columns[name] = right.upper() + "S"
+    with pytest.raises(UserError, match=rf"there is no column '{right.upper()}S'; its rows have .*{right}"):
+        run(recipe, data, tmp_path / "run")
+
+
 @pytest.mark.parametrize("loss", ["{type: ce}", "{type: kl, top_k: null}"])
 def test_the_loss_of_a_streamed_step_is_that_of_the_rows_it_holds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: str

@@ -230,3 +230,19 @@ def test_the_pools_of_the_recipes_can_be_read() -> None:
         if name.endswith("_eval"):
             trained = {prompt.text for prompt in pools[name.removesuffix("_eval")]}
             assert all((prompt.text in trained) is prompt.seen for prompt in pool), name
+
+
+def test_a_value_must_be_named_as_a_word_and_numbers_count_in_json() -> None:
+    prompt = PoolPrompt("g", "Who?", ("gender",))
+    assert verdict("The speaker is female.", prompt, {"gender": "male"}, {}) == "drops gender"
+    assert verdict("The speaker is male.", prompt, {"gender": "male"}, {}) == "ok"
+    age = PoolPrompt("a", "How old? JSON.", (), json_keys={"age": "age"})
+    assert verdict('{"age": 34}', age, {"age": 34}, {}) == "ok"
+    assert verdict('{"age": 35}', age, {"age": 34}, {}) != "ok"
+
+
+def test_for_a_persons_own_question_the_teacher_is_told_all() -> None:
+    known = {"gender": "female", "transcript": "to the market", "duration": 2.0, "segments": []}
+    asked = PoolPrompt("manifest", "Where does she go?", (), whole=True)
+    assert set(context_attributes(known, asked)) == {"gender", "transcript", "duration"}
+    assert set(context_attributes(known, PoolPrompt("who", "Who?", ("gender",)))) == {"gender"}

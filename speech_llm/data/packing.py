@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,17 +71,23 @@ def constant_prefix(rows: list[Row], audio_token_id: int) -> list[int]:
 
 
 def pack_rows(
-    rows: list[Row], prefix_length: int, max_tokens: int, text_tokens: int | None = None
+    rows: list[Row],
+    prefix_length: int,
+    max_tokens: int,
+    text_tokens: int | None = None,
+    audio_token_id: int | None = None,
 ) -> list[Pack]:
     """Pack rows that name the same clips; a row whose own part would exceed `max_tokens` opens a new pack.
 
+    Sounds are there once in a pack, so rows share one only where they are alike up to the end of their last sound, and no
+    answer comes before it; `audio_token_id` (None: it is at the start of all) tells where that is.
     Rows without sound share packs of at most `text_tokens` (None: `max_tokens`); a longer one has a pack of its own.
     """
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     silent: list[Row] = []
     for row in rows:
         if row.clips:
-            groups.setdefault(tuple(row.clips), []).append(row)
+            groups.setdefault((*row.clips, *_until_heard(row, audio_token_id)), []).append(row)
         else:
             silent.append(row)
     packs = []
@@ -97,6 +104,15 @@ def pack_rows(
         packs.append(pack_group(pack, prefix_length))
     filled = fill_packs(silent, prefix_length, max_tokens if text_tokens is None else text_tokens)
     return packs + [pack_group(own, prefix_length) for own in filled]
+
+
+def _until_heard(row: Row, audio_token_id: int | None) -> tuple[Any, ...]:
+    """What rows must share to share a pack: their tokens up to the last sound; the row itself where an answer comes before it."""
+    if audio_token_id is None or audio_token_id not in row.ids:
+        return ()
+    end = len(row.ids) - row.ids[::-1].index(audio_token_id)
+    alone = any(start - 1 < end for start, _ in row.spans)
+    return (row.id,) if alone else (tuple(row.ids[:end]),)
 
 
 def fill_packs(rows: list[Row], prefix_length: int, tokens: int, most_open: int = 64) -> list[list[Row]]:

@@ -289,12 +289,25 @@ def _mapped(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     out.setdefault("id", row.get("id"))
     if "assistant" in columns:
         mark = "<|AUDIO|>" if out.get("audio") is not None else ""
-        turns = [{"role": "system", "content": row[columns["system"]]}] if columns.get("system") else []
-        asked = row[columns["user"]] if "user" in columns else ""
+        system = _cell(row, columns["system"]) if columns.get("system") else ""
+        turns = [{"role": "system", "content": system}] if system else []
+        asked = _cell(row, columns["user"]) if "user" in columns else ""
+        if "user" in columns and not asked:
+            raise ValueError(f"its column {columns['user']!r} is empty")
         turns.append({"role": "user", "content": f"{mark}{asked}"})
-        turns.append({"role": "assistant", "content": row[columns["assistant"]]})
+        turns.append({"role": "assistant", "content": _cell(row, columns["assistant"])})
         out["messages"] = turns
     return out
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    """A cell's text; nothing where it is null or NaN, which a table has where it has nothing."""
+    value = row[column]
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"its column {column!r} is no text")
+    return str(value).strip()
 
 
 def _written(value: Any, clips: Path) -> Any:

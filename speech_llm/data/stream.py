@@ -10,6 +10,7 @@ same steps, and each batch of a step is trained on by one of them: two processes
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ import numpy as np
 from speech_llm.data.features import FeatureStore
 from speech_llm.data.packing import Pack, Row, plan_epoch
 from speech_llm.data.shards import IndexedRows, JsonlRows, StreamedRows, example_of, open_files, shard_files
-from speech_llm.errors import UserError
+from speech_llm.errors import UserError, nearest
 from speech_llm.examples import Example
 from speech_llm.files import JsonlAppender
 
 BLOCK_ROWS = 8
+# Rows of a place that are looked at before it is said to have no column of a name.
+_LOOKED_AT = 8
 Found = tuple[str, dict[str, Any], Path | None]
 
 
@@ -231,6 +234,8 @@ def open_pool(recipe: Any, files: Sequence[Path], out_dir: Path) -> RowPool:
         streams.append(Stream(rows, dict(source.columns), share))
     if not indexed and not streams:
         raise UserError(f"{recipe.path}: there is no row to train on")
+    for place in places:
+        _check_columns(place)
     return RowPool(
         [place for place in places if len(place.rows)],
         streams,
@@ -238,6 +243,22 @@ def open_pool(recipe: Any, files: Sequence[Path], out_dir: Path) -> RowPool:
         recipe.seed,
         out_dir / "clips",
     )
+
+
+def _check_columns(place: Place) -> None:
+    """Raise `UserError` when none of the first rows has the columns that the recipe names: a slip, and no bad rows."""
+    found: dict[str, None] = {}
+    for number in range(min(_LOOKED_AT, len(place.rows)) if place.columns else 0):
+        with contextlib.suppress(ValueError):
+            _, row, _ = place.rows.row(number)
+            if all(column in row for column in place.columns.values()):
+                return
+            found.update(dict.fromkeys(map(str, row)))
+    for column in place.columns.values():
+        if found and column not in found:
+            raise UserError(
+                f"data.rows: there is no column {column!r}; its rows have {', '.join(found)}.{nearest(column, list(found))}"
+            )
 
 
 def open_stream(

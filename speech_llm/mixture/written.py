@@ -55,7 +55,7 @@ def fill_written(budget: Budget, what: str, make: Callable[[range], list[Candida
     out = Written()
     per_row = 1 if budget.unit == "rows" else 32
     chunk = min(MOST_CHUNK, max(LEAST_CHUNK, 2 * budget.wanted // per_row))
-    most = MOST_TRIES * chunk
+    most = MOST_TRIES * max(LEAST_CHUNK, 2 * budget.wanted // per_row)
     while not budget.full:
         if out.tried >= most or (out.tried >= HOPELESS and not budget.rows):
             reasons = ", ".join(f"{reason} {count}" for reason, count in out.dropped.most_common(4))

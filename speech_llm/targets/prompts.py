@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from speech_llm.errors import UserError, nearest
+from speech_llm.files import explain_os_error
 
 _KEYS = ("id", "text", "asks", "example", "json", "seen", "kind", "format")
 KINDS = ("open", "attribute", "reasoning", "writing", "format")
@@ -41,6 +42,7 @@ class PoolPrompt:
     seen: bool | None = None
     kind: str | None = None
     format: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
     def example_answer(self, attributes: Mapping[str, Any]) -> str:
         """The worked example's answer for a clip with these attributes."""
@@ -65,8 +67,10 @@ def load_pool(path: Path) -> list[PoolPrompt]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such prompt pool") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML in UTF-8 ({error})") from None
+    except OSError as error:
+        raise explain_os_error(error, path) from error
     rows = data.get("prompts") if isinstance(data, dict) else None
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list under the key 'prompts'")
@@ -92,6 +96,19 @@ def load_pool(path: Path) -> list[PoolPrompt]:
             raise UserError(f"{where} ({name}): the same text as prompt {texts[text]!r}")
         ids.add(name)
         texts[text] = name
+        if not isinstance(row.get("example") or "", str):
+            raise UserError(
+                f"{where} ({name}): 'example' must be a text; put one that begins with {{ in quotes"
+            )
+        keys = row.get("json") or {}
+        if not isinstance(keys, dict) or not all(
+            isinstance(part, str) for pair in keys.items() for part in pair
+        ):
+            raise UserError(
+                f"{where} ({name}): 'json' must name the attribute of each key, as in {{answer: gender}}"
+            )
+        if not isinstance(row.get("seen"), (bool, type(None))):
+            raise UserError(f"{where} ({name}): 'seen' must be true or false")
         kind = row.get("kind")
         if kind is not None and kind not in KINDS:
             raise UserError(
@@ -102,7 +119,7 @@ def load_pool(path: Path) -> list[PoolPrompt]:
             text,
             tuple(asks),
             row.get("example"),
-            dict(row.get("json") or {}),
+            dict(keys),
             row.get("seen"),
             kind,
             _format(row.get("format"), f"{where} ({name})"),

@@ -48,8 +48,11 @@ class Question:
 def context_attributes(attributes: dict[str, Any], prompt: PoolPrompt) -> dict[str, Any]:
     """What the teacher is told for a prompt: all attributes, but the words only where they are asked for.
 
-    A small LLM answers better without the distraction, and clips that then look alike share one answer.
+    A small LLM answers better without the distraction, and clips that then look alike share one answer. A question that a person
+    asked may be about anything: for it all is told.
     """
+    if prompt.whole:
+        return {name: value for name, value in attributes.items() if name != "segments"}
     hidden = {"segments", "duration"} | (set() if "transcript" in prompt.asks else {"transcript"})
     return {name: value for name, value in attributes.items() if name not in hidden or name in prompt.asks}
 

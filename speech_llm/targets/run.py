@@ -154,7 +154,7 @@ def choose_rows(
         return [
             Row(
                 by_id[row["id"]],
-                PoolPrompt(f"{task.name}-{wording + 1}", task.instruction(question, wording), ()),
+                PoolPrompt(f"{task.name}-{wording + 1}", task.instruction(question, wording), (), whole=True),
                 question.label,
                 manifest=True,
             )
@@ -165,7 +165,9 @@ def choose_rows(
     for clip_id in first:
         if clip_id in own:
             question, answer = own[clip_id]
-            rows.append(Row(by_id[clip_id], PoolPrompt("manifest", question, ()), answer, manifest=True))
+            rows.append(
+                Row(by_id[clip_id], PoolPrompt("manifest", question, (), whole=True), answer, manifest=True)
+            )
 
     def can_answer(clip: dict[str, Any], prompt: PoolPrompt) -> bool:
         return clip["id"] not in own and human_answer(clip, prompt, settings.wording) is not None

@@ -72,6 +72,7 @@ class VllmTeacher:
                 [question.messages() for question in questions],
                 [self._params(question) for question in questions],
                 use_tqdm=False,
+                chat_template_kwargs={"enable_thinking": False},
             )
         except _refusals() as error:
             # One that is longer than the model reads fails all that were asked with it.

@@ -45,7 +45,7 @@ def verdict(
         return _json_verdict(answer, prompt, attributes, options)
     for name in prompt.asks:
         if name == "transcript" or name not in options:
-            if normalise_text(str(attributes[name])) not in normalise_text(answer):
+            if f" {normalise_text(str(attributes[name]))} " not in f" {normalise_text(answer)} ":
                 return f"drops {name}"
             continue
         match = match_option(answer, options[name], options_synonyms(name, options[name]))
@@ -71,7 +71,7 @@ def _json_verdict(
     for key, name in prompt.json_keys.items():
         choices = options.get(name, [str(attributes[name])])
         match = match_option(str(value[key]), choices, options_synonyms(name, choices))
-        if match.value != attributes[name]:
+        if match.value != str(attributes[name]):
             return f"contradicts {name}"
     return "ok"
 

@@ -57,7 +57,7 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in sorted(folder.glob("step-*"))[: -max(1, keep)]:
+    for old in sorted(folder.glob("step-*"), key=_step)[: -max(1, keep)]:
         if best is None or old.name != _name(best):
             _remove(old)
     return target
@@ -65,7 +65,8 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`."""
-    found = sorted(path for path in folder.glob("step-*") if (path / "state.json").exists())
+    whole = (path for path in folder.glob("step-*") if (path / "state.json").exists())
+    found = sorted(whole, key=_step)
     return found[-1] if found else None
 
 
@@ -146,6 +147,12 @@ def export_checkpoint(path: Path, model_dir: Path, training: dict[str, Any] | No
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _step(folder: Path) -> int:
+    """The step of a checkpoint's folder; as text a million would stand before 999,999."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
 
 
 def _remove(folder: Path) -> None:

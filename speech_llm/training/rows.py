@@ -24,7 +24,8 @@ from speech_llm.data.packing import (
     pack_group,
     pack_rows,
 )
-from speech_llm.examples import Example, Message
+from speech_llm.errors import UserError
+from speech_llm.examples import Example, Message, audio_parts
 from speech_llm.model.masks import attention_window
 from speech_llm.targets.questions import Question
 from speech_llm.targets.verify import closed_options
@@ -141,7 +142,11 @@ def build_training_set(
     else:
         room = max_tokens if window is None else min(max_tokens, window - len(data.prefix))
         data.packs = pack_rows(
-            list(data.rows.values()), len(data.prefix), room, text_tokens=min(room, text_tokens)
+            list(data.rows.values()),
+            len(data.prefix),
+            room,
+            text_tokens=min(room, text_tokens),
+            audio_token_id=processor.audio_token_id,
         )
     return data
 
@@ -181,16 +186,25 @@ def _rejected(example: Example, options: dict[str, list[str]]) -> Example:
 
 def render_row(example: Example, processor: Any, features: FeatureStore, style: str) -> Row:
     """The tokens of an Example and which of them are learned."""
-    clips = [part["path"] for part in example.audio_parts()]
+    messages = list(example.messages)
+    while messages and not (messages[-1]["role"] == "assistant" and messages[-1].get("train", True)):
+        messages.pop()  # nothing is learned after the last answer
+    clips = [part["path"] for part in audio_parts(messages or example.messages)]
     counts = [features.frame_count(clip) for clip in clips]
     if example.text is not None or style == "pretrain":
         if style in ("preference", "rollout"):
             raise Unusable(f"it is plain text, and style {style} learns from answers")
         return _plain_row(example, processor, clips, counts)
-    messages = list(example.messages)
     if style in ("preference", "rollout"):  # only the last answer is compared
         messages = [{**turn, "train": False} for turn in messages[:-1]] + messages[-1:]
-    rendered = processor.render(messages, frame_counts=counts)
+    if not messages:
+        raise Unusable("no assistant turn to learn")
+    try:
+        rendered = processor.render(messages, frame_counts=counts)
+    except UserError as error:
+        if not processor.tokenizer.chat_template:
+            raise
+        raise Unusable(str(error)) from None  # a template that refuses turns in this order
     if not rendered.answer_spans:
         raise Unusable("no assistant turn to learn")
     return Row(example.id, list(rendered.input_ids), list(rendered.answer_spans), clips)
