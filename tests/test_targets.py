@@ -15,7 +15,7 @@ from speech_llm.targets.prompts import PoolPrompt, load_pool
 from speech_llm.targets.questions import Question, Questioner, choose_prompts, context_attributes
 from speech_llm.targets.rows import Desk, Row
 from speech_llm.targets.run import write_rows
-from speech_llm.targets.teacher import OnAnswer
+from speech_llm.targets.teacher import Cut, OnAnswer
 from speech_llm.targets.verify import breaks_format, closed_options, loses, verdict
 
 OPTIONS = {"gender": ["female", "male"], "accent": ["American", "British"]}
@@ -246,3 +246,24 @@ def test_for_a_persons_own_question_the_teacher_is_told_all() -> None:
     asked = PoolPrompt("manifest", "Where does she go?", (), whole=True)
     assert set(context_attributes(known, asked)) == {"gender", "transcript", "duration"}
     assert set(context_attributes(known, PoolPrompt("who", "Who?", ("gender",)))) == {"gender"}
+
+
+def test_an_answer_that_was_cut_off_is_no_target_also_after_a_kill(tmp_path: Path) -> None:
+    class Endless:
+        name = "endless"
+
+        def answer(self, questions: Sequence[Question], on_answer: OnAnswer) -> None:
+            for question in questions:
+                on_answer(question, Cut("It is a male voice which is"), 65)
+
+        def close(self) -> None: ...
+
+    row = Row({"id": "c", "audio": "a.wav", "attributes": {"gender": "male"}}, GENDER)
+    clips = [row.clip]
+    desk = Desk(Questioner(clips, "sentence", False, 0), {"gender": ["female", "male"]}, attempts=1)
+    for _ in range(2):  # the second time the journal answers
+        _counts, kept = write_rows([row], lambda one: own_answer(one, desk), {"llm": Endless()}, tmp_path)
+        assert kept == []
+        ((_, reject),) = read_jsonl(tmp_path / "rejects.jsonl")
+        assert reject["reason"] == "does not end"
+    assert desk.judge("It is a male voice.", row) == "ok"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from speech_llm.chat_server import NoAnswer
 from speech_llm.files import JsonlAppender
 from speech_llm.targets.questions import Question
-from speech_llm.targets.teacher import Teacher
+from speech_llm.targets.teacher import Cut, Teacher
 
 
 class Journal:
@@ -34,7 +34,7 @@ class Journal:
         self.seconds = 0.0
         self.unanswered: Counter[str] = Counter()
         for row in self._lines.rows:
-            self.answers[_question(row)] = row["answer"]
+            self.answers[_question(row)] = Cut(row["answer"]) if row.get("cut") else row["answer"]
             self.tokens += row.get("tokens", 0)
 
     def ask(
@@ -68,7 +68,8 @@ class Journal:
             row["sample"] = question.sample
         if question.to != "llm":
             row["to"] = question.to
-        self._lines.append({**row, "answer": answer, "tokens": tokens})
+        cut = {"cut": True} if isinstance(answer, Cut) else {}
+        self._lines.append({**row, "answer": answer, "tokens": tokens, **cut})
         self.answers[question] = answer
         self.tokens += tokens
         self.new_tokens += tokens

@@ -13,6 +13,7 @@ from typing import Any
 
 from speech_llm.targets.prompts import PoolPrompt
 from speech_llm.targets.questions import Question, Questioner
+from speech_llm.targets.teacher import Cut
 from speech_llm.targets.verify import loses, verdict
 
 
@@ -81,6 +82,8 @@ class Desk:
 
     def judge(self, answer: str, row: Row) -> str:
         """`"ok"`, or why an answer is not right."""
+        if isinstance(answer, Cut):
+            return "does not end"
         outcome = verdict(answer, row.prompt, row.attributes, self.options)
         if outcome == "ok" and row.manifest and row.human is not None:
             return loses(answer, row.human, self.choices) or "ok"

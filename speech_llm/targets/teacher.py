@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from speech_llm.recipe_targets import TargetsSection
 
 
+class Cut(str):
+    """An answer that did not end within the tokens that it was given; to learn it is to learn to stop in the middle."""
+
+    __slots__ = ()
+
+
 # (question, answer, tokens of the answer)
 OnAnswer = Callable[[Question, "str | NoAnswer", int], None]
 
@@ -75,10 +81,13 @@ class TransformersTeacher:
 
         chosen = self.sampling
         told: set[int] = set()
+        cut: set[str] = set()
 
         def done(index: int, text: str, tokens: int) -> None:
             told.add(index)
-            on_answer(questions[index], text, tokens)
+            if tokens > chosen.max_new_tokens:  # the token that ends an answer counts
+                cut.add(text)
+            on_answer(questions[index], Cut(text) if text in cut else text, tokens)
 
         answers = answer_chats(
             self.llm,
@@ -93,7 +102,7 @@ class TransformersTeacher:
         )
         for index, question in enumerate(questions):
             if index not in told:  # put in the same words as another, so answered with it
-                on_answer(question, answers[index], 0)
+                on_answer(question, Cut(answers[index]) if answers[index] in cut else answers[index], 0)
 
     def close(self) -> None:
         """Nothing: who lent the LLM goes on using it."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from speech_llm.assets import resolve
-from speech_llm.chat_server import ChatServer
+from speech_llm.chat_server import ChatServer, NoAnswer
 from speech_llm.targets.questions import Question
-from speech_llm.targets.teacher import OnAnswer, Sampling
+from speech_llm.targets.teacher import Cut, OnAnswer, Sampling
 
 
 class ServerTeacher:
@@ -42,10 +42,14 @@ class ServerTeacher:
             seed = chosen.seed_of(questions[index])
             return {"temperature": chosen.temperature, "top_p": chosen.top_p, "seed": seed}
 
+        def done(index: int, answer: str | NoAnswer, tokens: int) -> None:
+            cut = isinstance(answer, str) and tokens >= chosen.max_new_tokens
+            on_answer(questions[index], Cut(answer) if cut else answer, tokens)
+
         self.server.ask_all(
             len(questions),
             lambda index: questions[index].messages(),
-            lambda index, answer, tokens: on_answer(questions[index], answer, tokens),
+            done,
             max_tokens=chosen.max_new_tokens,
             options_of=options,
             empty_counts=False,

@@ -20,7 +20,7 @@ from speech_llm.chat_server import NoAnswer
 from speech_llm.errors import UserError
 from speech_llm.precision import choose_dtype
 from speech_llm.targets.questions import Question
-from speech_llm.targets.teacher import OnAnswer, Sampling
+from speech_llm.targets.teacher import Cut, OnAnswer, Sampling
 
 # Answers reach the journal after so many questions: enough to keep the engine full, little to lose in a kill.
 CHUNK = 2048
@@ -92,7 +92,8 @@ class VllmTeacher:
             ) from error
         for question, output in zip(questions, outputs, strict=True):
             best = output.outputs[0]
-            on_answer(question, best.text.strip(), len(best.token_ids))
+            text = best.text.strip()
+            on_answer(question, Cut(text) if best.finish_reason == "length" else text, len(best.token_ids))
 
     def _params(self, question: Question) -> Any:
         import vllm
