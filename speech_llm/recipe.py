@@ -245,6 +245,8 @@ class Recipe(Section):
                 values[section][key] = str(self.resolve_path(given).resolve())
         for item in (values.get("data") or {}).get("rows") or []:
             item.update({key: str(path.resolve()) for key, path in self.row_paths(item).items()})
+        for item in (values.get("mixture") or {}).get("sources") or []:
+            item.update({key: str(path.resolve()) for key, path in self.mixture_paths(item).items()})
         return values
 
 

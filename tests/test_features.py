@@ -99,6 +99,20 @@ def test_filled_ahead_equals_filled_on_the_fly_and_holds_real_frames_only(
         torch.testing.assert_close(later.load(path), features, rtol=2e-3, atol=2e-3)
 
 
+def test_a_clip_stored_under_a_larger_bound_is_a_reject_under_a_smaller_one(
+    tmp_path: Path, paths: list[str]
+) -> None:
+    long = [path for path in paths if duration_s(path) > 0.66]
+    assert 0 < len(long) < len(paths)
+    store(tmp_path / "cache").fill(paths, progress=False)
+    for root in (tmp_path / "cache", tmp_path / "empty"):
+        smaller = FeatureStore(root, *tiny_model(), max_duration_s=0.66)
+        assert sorted(smaller.unusable(paths)) == sorted(long)
+        smaller = FeatureStore(root, *tiny_model(), max_duration_s=0.66)
+        assert smaller.fill(paths, progress=False)["rejected"] == len(long)
+        assert sorted(smaller.rejects) == sorted(long)
+
+
 def test_the_size_foretold_is_the_size_taken(tmp_path: Path, paths: list[str]) -> None:
     for dtype in ("float16", "float32"):
         there = store(tmp_path / dtype, dtype=dtype)

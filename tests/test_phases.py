@@ -258,6 +258,15 @@ def test_a_stage_that_only_a_later_phase_has_is_run_there(
     assert bench.ran[-1] == "second:train"
 
 
+def test_paths_of_a_phases_mixture_are_made_absolute_too(recipe_file: Path) -> None:
+    (recipe_file.parent / "chat.jsonl").write_text("{}\n")
+    mixture = "mixture: {sources: [{type: replay, ratio: 0.05, rows: chat.jsonl}]}\n    trainable: {lora: {rank: 4}}"
+    text = TEXT.replace("loss: {type: dpo}\n    style: preference", mixture)
+    recipe_file.write_text(text.replace("name: life", "name: life\nmodel: {gate_adapters: false}"))
+    again = yaml.safe_load(load_recipe(recipe_file).to_yaml())
+    assert again["phases"][1]["mixture"]["sources"][0]["rows"] == str(recipe_file.parent / "chat.jsonl")
+
+
 def test_a_phase_keeps_the_scale_of_the_adapters_that_it_goes_on_from(recipe_file: Path) -> None:
     text = TEXT.replace("optimizer: {lr: 0.5}", "trainable: {lora: {rank: 4}}")
     second = "trainable: {lora: {rank: 4, alpha: 8}}\n    loss: {type: dpo}"

@@ -6,12 +6,12 @@ import csv
 from pathlib import Path
 
 import pytest
+from report_runs import a_result, make_run, probes_at
 
 from eval.report import write_report
 from eval.report.runs import read_run
 from eval.report.strengths import strengths
 from speech_llm.files import read_json, write_json
-from tests.report_runs import a_result, make_run, probes_at
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_a_question_and_answer_of_the_manifest_take_the_place_of_the_pools_promp
         manifest,
         [
             {"id": "c0", "question": "What is parked?", "answer": "A car."},
-            {"id": "c1", "instruction": "Which number?", "response": "1"},
+            {"id": "c1", "instruction": "Which number?", "response": 1},
             {"id": "c2", "answer": "without a question"},
             {"id": "c9", "question": "Who?", "answer": "not described"},
         ],

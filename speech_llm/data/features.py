@@ -37,6 +37,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # Clips that are decoded before they are sorted into batches.
 WINDOW_CLIPS = 256
 BATCH_CLIPS = 8
+# The usual bound, what Whisper hears: only under a lower one can a stored clip be too long.
+LONGEST_S = 30.0
 
 
 def feature_key(
@@ -152,6 +154,8 @@ class FeatureStore:
                 continue
             if not stored:
                 self._decode(path)
+            else:
+                self._too_long(path)
         return {path: self.rejects[path] for path in paths if path in self.rejects}
 
     def frame_count(self, path: str) -> int:
@@ -195,8 +199,8 @@ class FeatureStore:
         usable = []
         for path in dict.fromkeys(paths):
             try:
-                self.entry(path)
-                usable.append(path)
+                if not self._too_long(path):
+                    usable.append(path)
             except OSError as error:  # noqa: PERF203 (one unreadable file must not end the loop)
                 self.rejects[path] = f"cannot be read ({error.strerror})"
         windows = [usable[start : start + WINDOW_CLIPS] for start in range(0, len(usable), WINDOW_CLIPS)]
@@ -220,6 +224,18 @@ class FeatureStore:
                 f"{counts['without_room']:,} clips are encoded anew at each use"
             )
         return counts
+
+    def _too_long(self, path: str) -> bool:
+        """Whether a clip that is stored, under another bound, is longer than this one (and a reject)."""
+        entry = self.entry(path)
+        if self.max_duration_s >= LONGEST_S:
+            return False
+        frames = self.entries.length(entry)
+        most = int(self.processor.frames(round(self.max_duration_s * self.processor.sample_rate_hz)))
+        if frames is None or frames <= most:
+            return False
+        self.rejects[path] = f"clips over {self.max_duration_s:g} s are left out, never cut"
+        return True
 
     def _fill_window(
         self,

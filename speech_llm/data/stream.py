@@ -124,13 +124,13 @@ class StreamedSet:
         self.pool, self.processor, self.features = pool, processor, features
         self.packs: dict[int, Pack] = {}
         self.prefix: list[int] = []
-        self.rejects: list[dict[str, Any]] = []
         self.rows: dict[str, Row] = {}
         self.teacher: dict[str, Row] = {}
         self.examples: dict[str, Example] = {}
         # What an earlier part of this run, killed since, set aside is not set aside again.
         self._appender = None if rejects is None else JsonlAppender(rejects)
-        self._told = {str(row) for row in self._appender.rows} if self._appender else set()
+        self.rejects: list[dict[str, Any]] = list(self._appender.rows) if self._appender else []
+        self._told = {str(row) for row in self.rejects}
 
     def render(self, step: int, batch_tokens: int, seed: int, **settings: Any) -> list[list[int]]:
         """Make a step the one that is held; returns its batches of pack numbers."""

@@ -66,8 +66,17 @@ def manifest_answers(manifest: Path, ids: Iterable[str]) -> dict[str, tuple[str,
 
 
 def _first(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
-    texts = (row.get(column) for column in columns)
-    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), None)
+    texts = (_as_text(row.get(column)) for column in columns)
+    return next((text for text in texts if text), None)
+
+
+def _as_text(value: Any) -> str:
+    """What a person wrote in a table's cell: numbers and yes or no count too, NaN and null do not."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)) and value == value:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    return value.strip() if isinstance(value, str) else ""
 
 
 def few_choices(answers: Sequence[str]) -> tuple[str, ...]:

@@ -212,6 +212,7 @@ def train(
             seed_chance(f"{recipe.seed}-align")
             state["align"] = warm_up(recipe, heard, student, described, out_dir, log.write, show)
             if state["align"]["epochs"]:
+                best.state = None  # what was measured before the warm-up is in no checkpoint
                 run_probe(WARMED_UP, 0)
     with processes.main_first():
         objective.begin(out_dir, resumed=found is not None)
