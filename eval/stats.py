@@ -66,7 +66,7 @@ def bootstrap_ratio(
     rng = np.random.default_rng(seed)
     e, t = np.asarray(errors, float), np.asarray(totals, float)
     picks = rng.integers(0, len(e), (draws, len(e)))
-    low, high = np.quantile(e[picks].sum(1) / np.maximum(1e-9, t[picks].sum(1)), [0.025, 0.975])
+    low, high = np.quantile(e[picks].sum(1) / np.maximum(1.0, t[picks].sum(1)), [0.025, 0.975])
     return float(low), float(high)
 
 

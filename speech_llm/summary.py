@@ -13,6 +13,8 @@ _ASIDE = {
     "n",
     "unparsed",
     "unanswered",
+    "missing",
+    "rejected",
     "interval",
     "chance",
     "majority",

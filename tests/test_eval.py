@@ -107,6 +107,8 @@ def test_small_statistics() -> None:
     assert mcnemar(10, 0) == pytest.approx(2 / 1024)
     low, high = bootstrap_ratio([1, 0, 2, 1] * 20, [5, 5, 5, 5] * 20)
     assert low < 0.2 < high
+    # Rows drawn that hold no word: errors are counted against one word, as in the rate itself.
+    assert bootstrap_ratio([0, 1], [1, 0])[1] <= 2
 
 
 SCHEMA = {"type": "object", "required": ["answer"], "properties": {"answer": {"type": "string"}}}

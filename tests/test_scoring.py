@@ -110,6 +110,7 @@ def test_numbers_that_are_not_there_count_against_the_error_and_the_correlation(
     nothing = scored("number", [("1", "?"), ("2", "?")])
     assert (nothing["mae"], nothing["na_rate"], nothing["interval"]) == (None, 1.0, None)
     assert "0.156" in scores_table({"task": found})
+    assert scores_table({"task": {**nothing, "rejected": 7, "missing": 3}}).split("\n")[2].split()[2] == "-"
 
 
 def test_error_rates_by_word_by_character_and_by_unit() -> None:
