@@ -41,7 +41,7 @@ _NUMBER = re.compile(
 )
 # "3.5 out of 5", "3.5/5": the scale is not the answer. "scale of 1 to 5", "from 1 to 5" before or after it.
 _SCALE = re.compile(
-    r"(?:\bout of|/)\s*\d+(?:\.\d+)?|\b(?:on|in|of)?\s*(?:a |the )?(?:scale|range)\s*(?:of|from|between)?\s*[-+]?\d+(?:\.\d+)?"
+    r"(?:\bout of(?: an?)?|/)\s*\d+(?:\.\d+)?|\b(?:on|in|of)?\s*(?:a |the )?(?:scale|range)\s*(?:of|from|between)?\s*[-+]?\d+(?:\.\d+)?"
     r"\s*(?:to|and|-|–)\s*[-+]?\d+(?:\.\d+)?",
     re.IGNORECASE,
 )
@@ -73,10 +73,9 @@ def _large(hit: re.Match[str]) -> str:
 
 def read_number(answer: str) -> float | None:
     """The one number that an answer gives; None when it gives none or several different ones."""
-    text = _SCALE.sub(" ", answer.replace("−", "-"))
-    if _NOT_READ.search(text):
+    if _NOT_READ.search(answer):
         return None
-    text = _LARGE.sub(_large, text)
+    text = _SCALE.sub(" ", _LARGE.sub(_large, answer.replace("−", "-")))
     text = _TENS_AND_UNITS.sub(lambda hit: str(_WORDS[hit[1].lower()] + _WORDS[hit[2].lower()]), text)
     found = [float(hit.replace(",", "")) for hit in _NUMBER.findall(text)]
     if not found:  # words count only where there are no digits: "one of them says 5"

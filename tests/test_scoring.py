@@ -73,6 +73,7 @@ def test_each_answer_has_its_verdict_whatever_the_order_of_the_options(
         ("one or two", None),
         ("1.2.3", None),
         ("one hundred", 100),
+        ("95 out of a hundred", 95),
         ("2 hundred", 200),
         ("a hundred and five", 105),
         ("two thousand three hundred and twenty-one", 2321),

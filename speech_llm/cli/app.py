@@ -81,13 +81,14 @@ def names_of(text: str, option: str) -> list[str]:
 
 
 def identity_of(model: str, max_new_tokens: int) -> str:
-    """What an answer depends on beside the question: a model's name, of a folder its weights (a model that was trained again
-    is another one), and how long the answer may become."""
+    """What an answer depends on beside the question: a model's name, of a folder its weights, settings and template (a model that
+    was trained again is another one), and how long the answer may become."""
     from speech_llm.files import sha256_file
 
     folders = [Path(model), Path(model.partition(":")[2] or model)]
     folder = next((folder for folder in folders if folder.is_dir()), None)
-    weights = sorted(folder.glob("*.safetensors")) if folder else []
+    kinds = (".safetensors", ".json", ".jinja")
+    weights = sorted(file for file in folder.iterdir() if file.suffix in kinds) if folder else []
     return " ".join([model, *(sha256_file(file) for file in weights), f"{max_new_tokens} tokens"])
 
 
