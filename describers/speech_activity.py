@@ -62,6 +62,10 @@ class Activity:
             mask[first:last] = True
         return mask
 
+    def within(self, start_s: float, end_s: float) -> bool:
+        """Whether any speech lies between two times."""
+        return any(start < end_s and end > start_s for start, end in self.spans)
+
     def speech_dbfs(self) -> float:
         """Root-mean-square level over the frames of speech, dB re full scale; over all frames where none is speech."""
         mask = self.inside(self.start_s + FRAME / SAMPLE_RATE_HZ / 2)

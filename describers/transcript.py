@@ -89,10 +89,9 @@ def spoken_windows(clip: Clip) -> Iterator[tuple[float, np.ndarray]]:
     Whisper writes words for animals and machines, and is as sure of them as of short words ("cat", "six"), so that its own
     probabilities cannot tell them apart (docs/results/describe.md). Silence never has speech.
     """
-    spans = speech_activity(clip).spans
-    for start_s, samples in windows(clip, WINDOW_S) if spans else ():
-        end_s = start_s + len(samples) / SAMPLE_RATE_HZ
-        if any(start < end_s and end > start_s for start, end in spans):
+    activity = speech_activity(clip)
+    for start_s, samples in windows(clip, WINDOW_S) if activity.spans else ():
+        if activity.within(start_s, start_s + len(samples) / SAMPLE_RATE_HZ):
             yield start_s, samples
 
 

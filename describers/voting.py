@@ -26,10 +26,9 @@ _AT_ONCE = 64
 
 def loud_windows(clip: Clip, of_speech: bool = False) -> Iterator[np.ndarray]:
     """The clip's windows of at most 30 s in which there is anything to hear; `of_speech`: in which anybody speaks."""
-    spans = speech_activity(clip).spans if of_speech else ()
+    activity = speech_activity(clip) if of_speech else None
     for start_s, samples in windows(clip, WINDOW_S):
-        end_s = start_s + len(samples) / SAMPLE_RATE_HZ
-        if of_speech and not any(start < end_s and end > start_s for start, end in spans):
+        if activity and not activity.within(start_s, start_s + len(samples) / SAMPLE_RATE_HZ):
             continue
         short_rest = start_s > 0 and len(samples) < _LEAST_REST_S * SAMPLE_RATE_HZ
         if not short_rest and loudest_dbfs(samples) > SILENCE_DBFS:

@@ -130,7 +130,7 @@ def pick_clips(data: DataSection, manifests: Sequence[Path], out_dir: Path, seed
                     f"{place}: the sound {sound} is in data.{wanted[0]}, and in data.{split_of} by {first}; "
                     "a test on trained clips says nothing, so make the two exclude each other"
                 )
-            picked[wanted[0]].append({**row, "id": name, "audio": str(_audio_path(row, manifest))})
+            picked[wanted[0]].append({**row, "id": name, "audio": sound})
     for split, filters in (("train", train), ("test", test)):
         if not picked[split]:
             raise UserError(_empty(split, filters, manifests, columns, reasons))
